@@ -1,0 +1,93 @@
+# Targets first make a virtual environment in $(VENV) and install into it. With `VENV=` they use
+# $(PYTHON) as it is, install nothing and import the library from this checkout.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+OLDEST_TRITON := 3.6.0
+
+ifneq ($(strip $(VENV)),)
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+else
+PY := $(PYTHON)
+INSTALLED :=
+INSTALLED_DEV :=
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+endif
+
+# pytest-xdist is optional where nothing is installed.
+PARALLEL = $$($(PY) -c 'import importlib.util as u; print("-n $(JOBS)" if u.find_spec("xdist") else "")')
+TRITON_OLD := build/triton-$(OLDEST_TRITON)
+
+.PHONY: help demo info test test-gpu test-aot lint format bench clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+	@echo "PYTHON=python3.12  interpreter to start from;  VENV=  use it as it is, without installing"
+
+demo: $(INSTALLED) ## run the demonstration, in under a minute; writes its report to build/
+	$(PY) -m sparse_layouts demo
+
+info: $(INSTALLED) ## print versions, devices, routes and kernels
+	$(PY) -m sparse_layouts info
+
+# The interpreter is one mode per process, and compiling needs it off: hence two runs.
+test: $(INSTALLED) ## run the tests that need no GPU
+	env -u TRITON_INTERPRET $(PY) -m pytest tests $(PARALLEL) --durations=10 \
+	    -m "not gpu and not aot_all and not interpreter"
+	TRITON_INTERPRET=1 $(PY) -m pytest tests $(PARALLEL) --durations=10 \
+	    -m "interpreter and not gpu and not aot_all"
+
+test-gpu: $(INSTALLED) ## run the tests that need a CUDA device
+	env -u TRITON_INTERPRET $(PY) -m pytest tests -m gpu
+
+ifneq ($(strip $(VENV)),)
+test-aot: $(INSTALLED) $(TRITON_OLD)/.installed ## compile every kernel without a GPU, under two Tritons
+	env -u TRITON_INTERPRET $(PY) -m pytest tests $(PARALLEL) -m "aot or aot_all"
+	env -u TRITON_INTERPRET PYTHONPATH=$(CURDIR)/$(TRITON_OLD) \
+	    $(PY) -m pytest tests $(PARALLEL) -m "aot or aot_all" --expect-triton=$(OLDEST_TRITON)
+else
+test-aot:
+	env -u TRITON_INTERPRET $(PY) -m pytest tests $(PARALLEL) -m "aot or aot_all"
+	@echo "only the installed Triton was used: VENV= installs no other"
+endif
+
+lint: $(INSTALLED_DEV) build/typecheck ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(INSTALLED_DEV) ## let ruff fix and format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(INSTALLED) ## run the benchmarks; writes build/bench
+	$(PY) -m benchmarks --out build/bench
+
+clean: ## remove what was built, except the virtual environment
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+ifneq ($(strip $(VENV)),)
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -c constraints.txt -e '.[test,cli]'
+	touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	$(PY) -m pip install -c constraints.txt -e '.[test,cli,dev]'
+	touch $@
+
+$(TRITON_OLD)/.installed: | $(INSTALLED)
+	rm -rf $(TRITON_OLD)
+	$(PY) -m pip install --no-deps --target $(TRITON_OLD) triton==$(OLDEST_TRITON)
+	touch $@
+endif
+
+# Links only, made anew each time, so that a file that was added or removed is seen.
+.PHONY: build/typecheck
+build/typecheck:
+	rm -rf $@ && mkdir -p $@/sparse_layouts
+	ln -s $(CURDIR)/sparse_layouts/* $(CURDIR)/dispatch $(CURDIR)/kernels $@/sparse_layouts/

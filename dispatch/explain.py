@@ -1,0 +1,198 @@
+"""`sl.explain` and `sl.table`: what the two tables say of a call, without running it."""
+
+from __future__ import annotations
+
+import html
+from typing import Any, NamedTuple
+
+import torch
+
+from sparse_layouts.dispatch import settings
+from sparse_layouts.dispatch.faces import Function, name_of
+from sparse_layouts.dispatch.fallback import free_bytes, layouts_in, route_missing
+from sparse_layouts.dispatch.kernel_table import KERNELS, Verdict, verdicts
+from sparse_layouts.dispatch.layout import dense_bytes
+from sparse_layouts.dispatch.routes import ROUTES, Match, matches
+from sparse_layouts.dispatch.text import html_table, readable_bytes, text_table
+
+
+class OpPlan(NamedTuple):
+    """An op of the call: what for, and every kernel's verdict."""
+
+    purpose: str
+    op: str
+    verdicts: list[Verdict]
+
+
+class Explanation:
+    """What a call will do: `.route`, `.ops`, `.kernel` (the forward's, or "dense fallback"), `.dense_bytes`; prints itself."""
+
+    def __init__(
+        self, call: str, match: Match | None, ops: list[OpPlan], missing: str, count: int, native: bool
+    ) -> None:
+        self.call = call
+        self.route = None if match is None else match.route
+        self.ops = ops
+        self.missing = missing
+        self.dense_bytes = count
+        self.native = native
+
+    @property
+    def kernel(self) -> str:
+        """The name of the forward's kernel; "dense fallback" without one, "" for a route that runs no op."""
+        if self.missing:
+            return "dense fallback"
+        for plan in self.ops:
+            chosen = [v.kernel.name for v in plan.verdicts if v.chosen]
+            return chosen[0] if chosen else "dense fallback"
+        return ""
+
+    _HEAD = ("kernel", "verdict", "source")
+
+    def _rows(self, plan: OpPlan) -> list[list[str]]:
+        rows = []
+        for v in plan.verdicts:
+            verdict = "chosen" if v.chosen else (v.reason or "could, but comes later")
+            rows.append([v.kernel.name, verdict, v.kernel.source])
+        return rows
+
+    def _headline(self) -> str:
+        if self.missing:
+            return self.missing
+        if self.native:
+            return "kept by every layout: works on the stored entries"
+        assert self.route is not None
+        return f"route {self.route}  [{self.route.handler.__qualname__}, {self.route.place}]"
+
+    def _cost(self) -> str:
+        return (
+            f"Densifying costs {readable_bytes(self.dense_bytes)}; "
+            f"policy {settings.current().policy!r}."
+        )
+
+    def _needs_cost(self) -> bool:
+        return bool(self.missing) or any(not any(v.chosen for v in p.verdicts) for p in self.ops)
+
+    def __repr__(self) -> str:
+        lines = [self.call, "  " + self._headline().replace("\n", "\n  ")]
+        for plan in self.ops:
+            none = "" if any(v.chosen for v in plan.verdicts) else ": no kernel, dense fallback"
+            lines.append(f"  {plan.purpose}: {plan.op}{none}")
+            lines.append(text_table(self._HEAD, self._rows(plan), indent="    "))
+        if self._needs_cost():
+            lines.append("  " + self._cost())
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        parts = [f"<p><b>{html.escape(self.call)}</b></p>"]
+        parts.append(f"<pre>{html.escape(self._headline())}</pre>")
+        for plan in self.ops:
+            parts.append(f"<p>{html.escape(plan.purpose)}: <code>{html.escape(plan.op)}</code></p>")
+            parts.append(html_table(self._HEAD, self._rows(plan)))
+        if self._needs_cost():
+            parts.append(f"<p>{html.escape(self._cost())}</p>")
+        return "<div>" + "".join(parts) + "</div>"
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        kind = type(value).__name__
+        return f"{kind}[{', '.join(map(str, value.shape))}] {str(value.dtype).removeprefix('torch.')}"
+    return repr(value) if not isinstance(value, (tuple, list)) else f"[{', '.join(map(_describe, value))}]"
+
+
+def explain(function: Function, *args: Any, **kwargs: Any) -> Explanation:
+    """Says which route and which kernels `function(*args, **kwargs)` would take, and why, without running it.
+
+    Returns an :class:`Explanation` that prints as text and, in a notebook, as HTML: the route, every kernel of each op with chosen
+    or why not, and where there is none the cost of densifying and the stub to paste.
+
+    Raises what the call would raise for operands that do not fit, and `TypeError` if no argument is a layout.
+
+    >>> import torch, sparse_layouts as sl
+    >>> w = sl.bsr(torch.eye(64), block_size=16)
+    >>> sl.explain(torch.matmul, w, torch.ones(64, 2)).kernel
+    'cpu'
+    >>> sl.explain(torch.cumsum, w, 0).kernel
+    'dense fallback'
+    """
+    call = (
+        f"{name_of(function)}("
+        + ", ".join([*map(_describe, args), *(f"{k}={_describe(v)}" for k, v in kwargs.items())])
+        + ")"
+    )
+    own = getattr(function, "__explain__", None)
+    if own is not None:  # one of the library's own functions: it names its ops itself
+        plans = [OpPlan(u.purpose, u.op, verdicts(u.op, u.facts)) for u in own(*args, **kwargs)]
+        return Explanation(call, None, plans, "", 0, native=True)
+    layouts = layouts_in(args) + layouts_in(kwargs)
+    if not layouts:
+        raise TypeError(f"explain: no argument of {call} is a layout; torch runs it as it is")
+    count = sum(dense_bytes(layout) for layout in layouts)
+    for match in matches(function, args, kwargs):
+        uses = match.route.uses
+        plans = []
+        if uses is not None:
+            found = uses(*match.reading.args, **match.reading.kwargs)
+            if found is NotImplemented:
+                continue
+            plans = [OpPlan(u.purpose, u.op, verdicts(u.op, u.facts)) for u in found]
+        return Explanation(call, match, plans, "", count, native=False)
+    if any(getattr(type(layout), "keeps", lambda f: False)(function) for layout in layouts):
+        return Explanation(call, None, [], "", count, native=True)
+    device = layouts[0].device.type
+    missing = route_missing(function, args, kwargs)
+    free = free_bytes(device)
+    if free is not None and count > free:
+        missing += f"\nIt would raise: {readable_bytes(count)} dense, {readable_bytes(free)} free."
+    return Explanation(call, None, [], missing, count, native=False)
+
+
+class Table:
+    """Both tables: routes by torch function, kernels by op; prints itself."""
+
+    def _routes(self) -> list[list[str]]:
+        rows = []
+        for function, routes in ROUTES.rows.items():
+            for row in routes:
+                operands = ", ".join(f"{n}={c.__name__}" for n, c in row.operands)
+                rows.append([name_of(function), operands, row.handler.__qualname__])
+        return sorted(rows)
+
+    def _kernels(self) -> list[list[str]]:
+        return [
+            [op, str(i + 1), row.name, row.source]
+            for op, rows in sorted(KERNELS.rows.items())
+            for i, row in enumerate(rows)
+        ]
+
+    _ROUTES = ("torch function", "operands", "handler")
+    _KERNELS = ("op", "order", "kernel", "source")
+
+    def __repr__(self) -> str:
+        return (
+            "Routes: torch function and operand layouts -> handler\n"
+            + text_table(self._ROUTES, self._routes(), "  ")
+            + "\n\nKernels, most special first: the first whose requirements hold is taken\n"
+            + text_table(self._KERNELS, self._kernels(), "  ")
+        )
+
+    def _repr_html_(self) -> str:
+        return (
+            "<div><p><b>Routes</b></p>"
+            + html_table(self._ROUTES, self._routes())
+            + "<p><b>Kernels</b>, most special first</p>"
+            + html_table(self._KERNELS, self._kernels())
+            + "</div>"
+        )
+
+
+def table() -> Table:
+    """Both tables, as something that prints itself in a terminal and in a notebook.
+
+    >>> import sparse_layouts as sl
+    >>> "block_attention" in repr(sl.table())
+    True
+    """
+    return Table()
+

@@ -1,0 +1,161 @@
+"""The dense fallback: what it costs, whether it is allowed, and running it."""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_layouts.dispatch import settings
+from sparse_layouts.dispatch.faces import Function, name_of
+from sparse_layouts.dispatch.kernel_table import facts_of
+from sparse_layouts.dispatch.layout import Layout, dense_bytes
+from sparse_layouts.dispatch.routes import operands_by_name, stub
+from sparse_layouts.dispatch.text import readable_bytes
+from sparse_layouts.dispatch.tracing import record
+
+_HERE = Path(__file__).resolve().parent.parent
+_LIBRARY = tuple(str(_HERE / name) for name in ("dispatch", "kernels", "sparse_layouts"))
+
+
+class DenseFallbackWarning(UserWarning):
+    """A call on a layout had no sparse kernel and was computed densely."""
+
+
+class DenseFallbackError(RuntimeError):
+    """A call on a layout had no sparse kernel, and computing it densely is not allowed or does not fit."""
+
+
+def free_bytes(device: str) -> int | None:
+    """Memory that can be had on the current device of that type, None where nobody says."""
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if device != "cpu":
+        return None
+    free = None
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            free = min(free if free is not None else int(limit), int(limit) - used)
+    except OSError:
+        return free  # not Linux, or no control group
+    return free
+
+
+def _user_frame() -> types.FrameType:
+    """The innermost frame outside this library and torch: whose line makes the call."""
+    frame: types.FrameType = sys._getframe(1)
+    torch_folder = str(Path(torch.__file__).parent)
+    while frame.f_back is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_LIBRARY) and not name.startswith(torch_folder):
+            break
+        frame = frame.f_back
+    return frame
+
+
+def permit(message: str, count: int, device: str, what: str) -> None:
+    """Lets a computation densify `count` bytes, as the policy says: returns, warns, or raises `DenseFallbackError`."""
+    free = free_bytes(device)
+    if free is not None and count > free:
+        raise DenseFallbackError(
+            f"{message}\nDensifying needs {readable_bytes(count)}, and {readable_bytes(free)} are free on {device}."
+        )
+    policy = settings.current().policy
+    if policy == "error":
+        raise DenseFallbackError(
+            f"{message}\nDensifying would cost {readable_bytes(count)}; sl.fallback('warn') or 'allow' permits it."
+        )
+    if policy == "allow":
+        return
+    frame = _user_frame()
+    # once a call site, and again where somebody changed the filters (pytest.warns, catch_warnings)
+    seen = frame.f_globals.setdefault("__sparse_layouts_warned__", set())
+    key = (frame.f_lineno, what, id(warnings.filters))
+    if key in seen:
+        return
+    seen.add(key)
+    warnings.warn_explicit(
+        f"{message}\nDensifying costs {readable_bytes(count)} here; silence this with sl.fallback('allow').",
+        DenseFallbackWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+    )
+
+
+def route_missing(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """That no route serves the call, and the stub of one that would."""
+    operands = operands_by_name(function, args, kwargs)
+    given = ", ".join(f"{n}={c.__name__}" for n, c in operands.items()) or "layouts in a list"
+    text = f"{name_of(function)} has no sparse implementation for {given}; computing it densely."
+    if operands:
+        text += f"\nTo add one:\n{stub(function, operands)}"
+    return text
+
+
+def layouts_in(value: Any) -> list[Any]:
+    """Every layout among arguments, lists and dicts searched."""
+    if isinstance(value, Layout):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [layout for v in value for layout in layouts_in(v)]
+    if isinstance(value, dict):
+        return [layout for v in value.values() for layout in layouts_in(v)]
+    return []
+
+
+def densified(value: Any) -> Any:
+    """The same arguments with every layout dense."""
+    if isinstance(value, Layout):
+        return value.to_dense()
+    if isinstance(value, (tuple, list)) and layouts_in(value):
+        return type(value)(densified(v) for v in value)
+    if isinstance(value, dict):
+        return {k: densified(v) for k, v in value.items()}
+    return value
+
+
+def is_in_place(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the call would write into a layout: its first argument, or `out=`."""
+    if layouts_in(kwargs.get("out")):
+        return True
+    name = getattr(function, "__name__", "")
+    writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    writes = writes or (name.startswith("__i") and name.endswith("__") and name[3:-2] in _IN_PLACE)
+    writes = writes or kwargs.get("inplace") is True
+    return writes and bool(args) and isinstance(args[0], Layout)
+
+
+_IN_PLACE = frozenset(
+    "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift div".split()
+)
+
+
+def fall_back(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs torch's own function on densified operands, if the policy and the free memory allow it."""
+    if is_in_place(function, args, kwargs):
+        target = (layouts_in(kwargs.get("out")) or [args[0]])[0]
+        raise TypeError(
+            f"{name_of(function)} would change which entries of a {type(target).__name__} are stored, which an in-place operation "
+            "cannot. Assign the result instead (w = w + x is dense), sample a dense operand onto the layout first "
+            "(x.sparse_mask(w)), or write to w.values()."
+        )
+    layouts = layouts_in(args) + layouts_in(kwargs)
+    count = sum(dense_bytes(layout) for layout in layouts)
+    if not torch.compiler.is_compiling():
+        first: Tensor = layouts[0]
+        permit(route_missing(function, args, kwargs), count, first.device.type, name_of(function))
+        record(name_of(function), "dense fallback", facts_of(first), count)
+    elif settings.current().policy == "error":
+        raise DenseFallbackError(route_missing(function, args, kwargs))
+    return function(*densified(args), **densified(kwargs))

@@ -1,0 +1,203 @@
+"""block_attention, by definition: dense scores, the mask's counts, a softmax, a product."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparse_layouts.block_pattern import BlockPattern, dense_counts
+
+_ROUNDS, _MUL = 10, (0xD2511F53, 0xCD9E8D57)
+_KEY = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+def philox(seed: Tensor, counters: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 (Salmon et al., SC 2011, and `tl.philox`): four uint32 words, held in int64, a counter."""
+    c0, c1, c2, c3 = counters
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(_ROUNDS):
+        b, a = c0 * _MUL[0], c2 * _MUL[1]
+        c0, c1, c2, c3 = (
+            (a >> 32) & _LOW ^ c1 ^ k0,
+            a & _LOW,
+            (b >> 32) & _LOW ^ c3 ^ k1,
+            b & _LOW,
+        )
+        k0, k1 = (k0 + _KEY[0]) & _LOW, (k1 + _KEY[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def dropout_keep(
+    seed: Tensor, p: float, batch: Tensor, head: Tensor, row: Tensor, column: Tensor
+) -> Tensor:
+    """Which probabilities dropout keeps: word `column % 4` of philox(seed; column // 4, row, head, batch) >= p * 2^32.
+
+    `seed` is an int64 tensor of one element; the indices are int64, broadcast against each other; `row` counts in the mask's rows.
+    Every kernel draws the same: an implementation may share one philox call among four neighbouring columns.
+    """
+    shape = torch.broadcast_shapes(batch.shape, head.shape, row.shape, column.shape)
+    counters = (
+        (column // 4).expand(shape),
+        row.expand(shape),
+        head.expand(shape),
+        batch.expand(shape),
+    )
+    words = torch.stack(philox(seed, counters), -1)
+    word = words.gather(-1, (column % 4).expand(shape)[..., None])[..., 0]
+    return word >= dropout_threshold(p)
+
+
+def dropout_threshold(p: float) -> int:
+    """p as a uint32: a word below it is dropped."""
+    return min(int(p * 2**32), 2**32 - 1)
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    head_map: Tensor,
+    *,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_base: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` of softmax(scale * q @ k.mT + bias, over the entries that the pattern stores) @ v.
+
+    Shapes: q (B, H, Nq, D), k (B, Hkv, Nk, D), v (B, Hkv, Nk, Dv), any strides, Hkv divides H; out (B, H, Nq, Dv) in q's dtype,
+    lse (B, H, Nq), natural logarithm, fp32 (fp64 for fp64). `pattern.shape` is (M, Nk) with M >= Nq: query r stands in
+    the mask's row M - Nq + r. `head_map` (B or 1, H) int32 says which of the pattern's P list sets each head uses; `pattern.lead` and `pattern.head_map` are not read.
+    A block that counts c times has its probabilities multiplied by c. A row without entries gives 0 and lse -inf.
+
+    bias: values (B or 1, Sb, bm, bn) added to the scaled scores. The block at position t of the row lists of pattern p has its bias at
+    slot `bias_base[b, h] + t - crow_indices[p, 0]`; `bias_base` (B or 1, H) int64.
+    Dropout as in `dropout_keep`; lse does not see it; kept probabilities are divided by 1 - p.
+    """
+    (batch, heads, nq, _), kv_heads, (m, n) = q.shape, k.shape[1], pattern.shape
+    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = heads // kv_heads
+    k, v = (t.to(accumulate).repeat_interleave(group, 1) for t in (k, v))
+    counts = dense_counts(pattern._replace(head_map=None, lead=(pattern.num_patterns,)))
+    counts = counts[head_map.long(), m - nq :]  # (B or 1, H, Nq, Nk)
+    scores = scale * (q.to(accumulate) @ k.mT)
+    if bias is not None:
+        assert bias_base is not None
+        scores = scores + _dense_bias(bias.to(accumulate), bias_base, pattern, head_map)[
+            :, :, m - nq :
+        ]
+    scores = scores.masked_fill(counts == 0, -torch.inf) + counts.clamp(min=1).log().to(accumulate)
+    lse = scores.logsumexp(-1)
+    finite = lse.masked_fill(counts.sum(-1) == 0, 0.0)
+    probabilities = (scores - finite[..., None]).exp()
+    if dropout_p:
+        assert seed is not None
+        index = [
+            torch.arange(size, device=q.device).view([-1 if i == d else 1 for i in range(4)])
+            for d, size in enumerate((batch, heads, nq, n))
+        ]
+        keep = dropout_keep(seed, dropout_p, index[0], index[1], index[2] + m - nq, index[3])
+        probabilities = probabilities * keep / (1 - dropout_p)
+    return (probabilities @ v).to(q.dtype), lse
+
+
+def _dense_bias(bias: Tensor, base: Tensor, p: BlockPattern, head_map: Tensor) -> Tensor:
+    """(B or 1, H, M, N) of bias values, 0 where nothing is stored; differentiable."""
+    (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
+    rows = torch.arange(mb, device=bias.device)
+    batches = []
+    for b in range(max(bias.shape[0], head_map.shape[0])):
+        values = bias[b % bias.shape[0]]
+        heads = []
+        for which, start in zip(head_map[b % head_map.shape[0]], base[b % base.shape[0]], strict=True):
+            crow = p.crow_indices[which].long()
+            entry_row = rows.repeat_interleave(crow.diff())
+            where = entry_row * nb + p.col_indices[crow[0] : crow[-1]]
+            own = values[start : start + where.numel()]
+            dense = own.new_zeros(mb * nb, bm, bn).index_copy(0, where, own)
+            heads.append(dense.view(mb, nb, bm, bn).transpose(1, 2).reshape(mb * bm, nb * bn))
+        batches.append(torch.stack(heads)[:, :m, :n])
+    return torch.stack(batches)
+
+
+def block_attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pattern: BlockPattern,
+    head_map: Tensor,
+    *,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_base: Tensor | None = None,
+    dbias_base: Tensor | None = None,
+    dbias_blocks: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`(dq, dk, dv, dbias)` from the gradients to out and lse (None: zero); the other arguments as in the forward.
+
+    `dbias_base` (B or 1, H) int64, asked for where bias needs a gradient, gives every head slots of its own, as `bias_base` does in
+    the forward but never shared: dbias is (B, dbias_blocks, bm, bn) in bias's dtype, 0 at what is not stored; whoever shares a bias
+    among heads or samples adds up. With `dbias_base` of B > 1 rows the slots of all samples are distinct and dbias has batch 1.
+    """
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        own_bias = None
+        if bias is not None and dbias_base is not None:
+            own_bias = _own_bias(bias, bias_base, pattern, head_map, dbias_base, dbias_blocks, q.shape[0])
+            own_bias = own_bias.detach().requires_grad_()
+        o, s = block_attention(
+            *leaves,
+            pattern,
+            head_map,
+            scale=scale,
+            dropout_p=dropout_p,
+            seed=seed,
+            bias=bias if own_bias is None else own_bias,
+            bias_base=bias_base if own_bias is None else dbias_base,
+        )
+        inputs = leaves if own_bias is None else [*leaves, own_bias]
+        outputs, gradients = [o], [dout]
+        if dlse is not None:
+            outputs.append(s.masked_fill(s.isneginf(), 0.0))
+            gradients.append(dlse)
+        grads = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
+    filled = [torch.zeros_like(i) if g is None else g for g, i in zip(grads, inputs, strict=True)]
+    return filled[0], filled[1], filled[2], filled[3] if own_bias is not None else None
+
+
+def _own_bias(
+    bias: Tensor,
+    base: Tensor | None,
+    p: BlockPattern,
+    head_map: Tensor,
+    dbase: Tensor,
+    blocks: int,
+    batch: int,
+) -> Tensor:
+    """The bias laid out so that no head and no sample shares a slot: (B or 1, blocks, bm, bn)."""
+    assert base is not None
+    samples = 1 if dbase.shape[0] > 1 else batch
+    own = bias.new_zeros(samples, blocks, *p.block_size)
+    for b in range(batch):
+        for h in range(head_map.shape[1]):
+            crow = p.crow_indices[head_map[b % head_map.shape[0], h]]
+            count = int(crow[-1] - crow[0])
+            start, to = int(base[b % base.shape[0], h]), int(dbase[b % dbase.shape[0], h])
+            own[b % samples, to : to + count] = bias[b % bias.shape[0], start : start + count]
+    return own
+
+
+def default_scale(head_dim: int) -> float:
+    """torch's default: 1 / sqrt(D)."""
+    return 1.0 / math.sqrt(head_dim)

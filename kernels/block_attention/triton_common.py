@@ -1,0 +1,256 @@
+"""What the Triton attention kernels share: reading a tile schedule, masks from bit tiles, dropout, operands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sparse_layouts.kernels.block_attention.tile_schedule import TileSchedule
+
+MAX_HEAD_DIM = 256
+
+
+class Tiles(NamedTuple):
+    """A tile of `rows` queries x `columns` keys, the warps that work on it, and the stages of its pipelined loads."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def slot_blocks(columns_ptr, first, offs, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """The stored block of the tile's entries `offs`: one for all, or a vector where the tile gathers several."""
+    if BLOCK >= TILE:
+        blocks = tl.load(columns_ptr + first)
+    else:
+        blocks = tl.load(columns_ptr + first + offs // BLOCK)
+    return blocks
+
+
+@triton.jit
+def slot_positions(blocks, part, offs, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Where the tile's entries lie in the matrix; negative where the chunk holds no block."""
+    if BLOCK >= TILE:
+        positions = blocks * BLOCK + part * TILE + offs
+    else:
+        positions = blocks * BLOCK + offs % BLOCK
+    return positions
+
+
+@triton.jit
+def stored_entries(
+    block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_c,
+    ROW_BLOCK: tl.constexpr, BLOCK: tl.constexpr, ROW_TILE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Which entries of a tile the pattern stores, bool [ROW_TILE, TILE].
+
+    `offs_r` are matrix rows modulo a multiple of ROW_TILE and ROW_BLOCK, `offs_c` is `arange(TILE)`. One word a row and 32
+    columns is loaded, not one a pair: the rest is shifts.
+    """
+    ROWS: tl.constexpr = ROW_TILE // ROW_BLOCK if ROW_TILE > ROW_BLOCK else 1
+    WORDS: tl.constexpr = (BLOCK + 31) // 32
+    PER_BLOCK: tl.constexpr = (BLOCK if BLOCK < TILE else TILE) // 32
+    sub_row = (offs_r // ROW_BLOCK) % ROWS
+    in_block = offs_r % ROW_BLOCK
+    words = tl.zeros([ROW_TILE, TILE], tl.int32)
+    for w in tl.static_range(TILE // 32):
+        if BLOCK < 32:
+            word = _row_word(
+                block_tiles_ptr, tiles_ptr, (first + 2 * w) * ROWS + sub_row, in_block, 0, ROW_BLOCK, WORDS
+            ) & 0xFFFF  # fmt: skip
+            high = _row_word(
+                block_tiles_ptr, tiles_ptr, (first + 2 * w + 1) * ROWS + sub_row, in_block, 0, ROW_BLOCK, WORDS
+            )  # fmt: skip
+            word = word | (high << 16)
+        else:
+            slot = first + w // PER_BLOCK
+            column_word = part * (TILE // 32) + w % PER_BLOCK
+            word = _row_word(
+                block_tiles_ptr, tiles_ptr, slot * ROWS + sub_row, in_block, column_word, ROW_BLOCK, WORDS
+            )  # fmt: skip
+        words = tl.where((offs_c // 32 == w)[None, :], word[:, None], words)
+    return ((words >> (offs_c % 32)[None, :]) & 1) != 0
+
+
+@triton.jit
+def _row_word(
+    block_tiles_ptr, tiles_ptr, where, in_block, column_word, ROW_BLOCK: tl.constexpr, WORDS: tl.constexpr
+):  # fmt: skip
+    """32 bits of every row of a block: all of a full block, none of one that is not stored."""
+    tile = tl.load(block_tiles_ptr + where)  # [ROW_TILE]
+    word = tl.where(tile == 0, -1, 0)
+    if tiles_ptr is not None:
+        offs = ((tile - 1) * ROW_BLOCK + in_block).to(tl.int64) * WORDS + column_word
+        word = word | tl.load(tiles_ptr + offs, mask=tile > 0, other=0)
+    return word
+
+
+@triton.jit
+def slot_index(
+    first, offs_r, offs_c, ROW_BLOCK: tl.constexpr, BLOCK: tl.constexpr, ROW_TILE: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """[ROW_TILE, TILE] indices into a schedule's tables of (slot, block row)."""
+    ROWS: tl.constexpr = ROW_TILE // ROW_BLOCK if ROW_TILE > ROW_BLOCK else 1
+    sub_row = (offs_r // ROW_BLOCK) % ROWS
+    slot = first + (offs_c // BLOCK if BLOCK < TILE else offs_c * 0)
+    return slot[None, :] * ROWS + sub_row[:, None]
+
+
+@triton.jit
+def dropout_keep(seed, threshold, batch, head, rows, columns4, ROW_TILE: tl.constexpr, TILE: tl.constexpr):
+    """bool [ROW_TILE, TILE]: the reference's `dropout_keep`; `columns4` [TILE // 4] are the columns divided by 4."""
+    zero = tl.zeros([ROW_TILE, TILE // 4], tl.int32)
+    w0, w1, w2, w3 = tl.philox(
+        seed, zero + columns4[None, :], zero + rows[:, None], zero + head, zero + batch
+    )
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [ROW_TILE, TILE // 4, 2, 2]
+    return words.reshape([ROW_TILE, TILE]) >= threshold.to(tl.uint32)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two that a tile holds for a head size."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How the tensor cores take a product of fp32: as three of tf32, which keeps fp32's accuracy."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def unsupported(
+    device_type: str,
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: tuple[int, int],
+) -> str | None:
+    """Why the Triton attention kernels do not take a case, or None."""
+    if device_type != "cuda":
+        return f"needs a CUDA device, got {device_type}"
+    if capability is not None and capability < (8, 0):
+        return f"needs compute capability 8.0 or later, got {capability[0]}.{capability[1]}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"needs bfloat16, float16 or float32, got {str(dtype).removeprefix('torch.')}"
+    if head_dim > MAX_HEAD_DIM:
+        return f"needs a head size of at most {MAX_HEAD_DIM}, got {head_dim}"
+    for size in block_size:
+        if size < 16 or size & (size - 1):
+            return f"needs block sizes that are powers of two from 16, got {tuple(block_size)}"
+    return None
+
+
+def tma_ready(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read `x` (B, H, N, D): contiguous rows, 16-byte strides, Hopper or later."""
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (9, 0):
+        return False
+    bytes_of = x.element_size()
+    strides_fit = all(
+        size == 1 or (stride > 0 and stride * bytes_of % 16 == 0)
+        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    )
+    return x.stride(-1) == 1 and strides_fit and x.data_ptr() % 16 == 0
+
+
+def tile_descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor of (B, H, N, D) that loads [1, 1, rows, columns]; what lies outside reads as zero."""
+    # the stride of a dimension of one is never used, but has to be a multiple of 16 bytes
+    strides = [16 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    strides[-1] = 1
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, columns])
+
+
+def shared_strides(
+    head_map: Tensor, bias: Tensor | None, bias_base: Tensor | None
+) -> tuple[int, int, int, int, int, int]:
+    """Strides of head_map and bias_base over samples and of bias (sample, slot, row, column): 0 where samples share."""
+    sample = [
+        0 if t is None or t.shape[0] == 1 else t.stride(0) for t in (head_map, bias_base, bias)
+    ]
+    slots = (0, 0, 0) if bias is None else bias.stride()[1:]
+    return (*sample, *slots)
+
+
+def schedule_operands(schedule: TileSchedule, ordered: bool = True) -> tuple[Tensor | None, ...]:
+    """The tensors of a schedule in the order in which every kernel takes them."""
+    return (
+        schedule.starts,
+        schedule.plain_chunks,
+        schedule.chunks,
+        schedule.order if ordered else None,
+        schedule.columns,
+        schedule.block_tiles,
+        schedule.log_counts,
+        schedule.positions,
+    )
+
+
+def signature(kernel: Any, given: dict[str, str], constexprs: dict[str, Any]) -> dict[str, str]:
+    """The type of every argument of an attention kernel: `given`, then by name; None stands among the constexprs."""
+    usual = {"scale": "fp32", "keep_scale": "fp32", "threshold": "i64"}
+    types = {}
+    for name in kernel.arg_names:
+        if name in constexprs:
+            types[name] = "constexpr"
+        elif name in given:
+            types[name] = given[name]
+        else:
+            types[name] = usual.get(name, "*i32" if name.endswith("_ptr") else "i32")
+    return types
+
+
+class Variant(NamedTuple):
+    """A case that the attention kernels are compiled for ahead of time."""
+
+    block: int
+    head_dim: int
+    dtype: torch.dtype
+    tma: bool = False
+    tiles: bool = True
+    counts: bool = False
+    bias: bool = False
+    dropout: bool = False
+
+    @property
+    def name(self) -> str:
+        """As `block64-d128-bf16-tma`."""
+        on = [w for w in ("tma", "tiles", "counts", "bias", "dropout") if getattr(self, w)]
+        return "-".join([f"block{self.block}", f"d{self.head_dim}", TYPE_NAMES[self.dtype], *on])
+
+    def absent(self) -> dict[str, None]:
+        """The pointers that this case passes None for."""
+        names = [] if self.tiles else ["tiles_ptr"]
+        names += [] if self.counts else ["log_counts_ptr"]
+        names += [] if self.bias else ["bias_ptr", "bias_base_ptr", "positions_ptr"]
+        names += [] if self.dropout else ["seed_ptr"]
+        return dict.fromkeys(names)
+
+
+TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def variants() -> Iterator[Variant]:
+    """The cases to compile: every tile of the configurations, and every feature once."""
+    bf16, fp16, fp32 = TYPE_NAMES
+    yield Variant(64, 128, bf16, tma=True)
+    for block in (16, 32, 64, 128):
+        for head_dim in (16, 32, 64, 128, 256):
+            yield Variant(block, head_dim, bf16)
+            yield Variant(block, head_dim, bf16, tma=True)
+        yield Variant(block, 64, fp16)
+        for head_dim in (64, 128, 256):
+            yield Variant(block, head_dim, fp32)
+    yield Variant(64, 80, bf16, tma=True)
+    yield Variant(64, 80, fp16)
+    yield Variant(64, 128, fp32, tma=True)
+    yield Variant(64, 64, bf16, tiles=False, counts=True)
+    yield Variant(64, 64, bf16, tma=True, bias=True)
+    yield Variant(64, 64, bf16, tma=True, dropout=True)
+    yield Variant(16, 64, fp16, counts=True, bias=True, dropout=True)

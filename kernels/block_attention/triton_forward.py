@@ -1,0 +1,318 @@
+"""block_attention forward in Triton: online softmax over the tile schedule's columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_layouts.block_pattern import BlockPattern
+from sparse_layouts.kernels.ahead_of_time import Compilation
+from sparse_layouts.kernels.block_attention.reference import dropout_threshold
+from sparse_layouts.kernels.block_attention.tile_schedule import tile_schedule
+from sparse_layouts.kernels.block_attention.triton_common import (
+    TYPE_NAMES,
+    Tiles,
+    dropout_keep,
+    padded_head_dim,
+    precision,
+    schedule_operands,
+    shared_strides,
+    signature,
+    slot_blocks,
+    slot_index,
+    slot_positions,
+    stored_entries,
+    tile_descriptor,
+    tma_ready,
+    unsupported,
+    variants,
+)
+
+
+@triton.jit(do_not_specialize=["heads", "group", "num_groups", "num_tiles", "first_tile", "row_offset", "num_queries", "num_keys", "threshold"])  # fmt: skip
+def attention_forward(
+    q_ptr, k, v, out_ptr, lse_ptr, head_map_ptr,
+    starts_ptr, plain_ptr, chunks_ptr, order_ptr, columns_ptr, block_tiles_ptr, log_counts_ptr, positions_ptr,
+    tiles_ptr, bias_ptr, bias_base_ptr, seed_ptr,
+    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_od,
+    stride_map, stride_base, stride_bias_b, stride_bias_slot, stride_bias_m, stride_bias_n,
+    heads, group, num_groups, num_tiles, first_tile, row_offset, num_queries, num_keys, head_dim, value_dim,
+    scale, threshold, keep_scale,
+    TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile of TM rows of one head; the tile's rows are rows of the mask, of which the queries are the last."""
+    GATHER: tl.constexpr = TN // BN if TN > BN else 1
+    PARTS: tl.constexpr = BN // TN if BN > TN else 1
+    ROW_PARTS: tl.constexpr = BM // TM if BM > TM else 1
+    DROPOUT: tl.constexpr = seed_ptr is not None
+    LOG2E: tl.constexpr = 1.4426950408889634
+    pid = tl.program_id(0)
+    rank = pid % num_tiles
+    head = pid // num_tiles % heads
+    batch = pid // num_tiles // heads
+    kv_head = head // group
+    batch64, head64, kv_head64 = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
+    which = tl.load(head_map_ptr + batch * stride_map + head)
+    if order_ptr is not None:
+        tile = tl.load(order_ptr + which * num_groups + rank // ROW_PARTS) * ROW_PARTS + rank % ROW_PARTS
+    else:
+        tile = first_tile + num_tiles - 1 - rank
+    row = which * num_groups + tile // ROW_PARTS
+    start = tl.load(starts_ptr + row)
+    plain = tl.load(plain_ptr + row) * PARTS
+    total = tl.load(chunks_ptr + row) * PARTS
+
+    offs_m = tile * TM + tl.arange(0, TM)  # in the mask
+    offs_r = (tile % ROW_PARTS) * TM + tl.arange(0, TM)  # in the group of block rows
+    query = offs_m - row_offset
+    mask_m = (query >= 0) & (query < num_queries)
+    offs_d = tl.arange(0, D)
+    offs_dv = tl.arange(0, DV)
+    q_ptrs = q_ptr + batch64 * stride_qb + head64 * stride_qh
+    q_ptrs += query.to(tl.int64)[:, None] * stride_qm + (offs_d * stride_qd)[None, :]
+    q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < head_dim)[None, :], other=0.0)
+    # the maximum is taken before scaling: the sign goes to the queries, and 0 must not meet a score of -inf
+    q = tl.where(scale < 0, -q, q)
+    scale2 = tl.maximum(tl.abs(scale) * LOG2E, 1e-30)
+    SCALED: tl.constexpr = bias_ptr is not None or log_counts_ptr is not None
+    rate = 1.0 if SCALED else scale2
+    if not TMA:
+        k += batch64 * stride_kb + kv_head64 * stride_kh
+        v += batch64 * stride_vb + kv_head64 * stride_vh
+    if bias_ptr is not None:
+        base = tl.load(bias_base_ptr + batch * stride_base + head)
+        bias_ptr += batch64 * stride_bias_b + base * stride_bias_slot
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    offs_n = tl.arange(0, TN)
+    peak = tl.full([TM], float("-inf"), tl.float32)
+    norm = tl.zeros([TM], tl.float32)
+    acc = tl.zeros([TM, DV], tl.float32)
+    # where the next tile lies is loaded one step ahead: its own load would wait for it
+    next_blocks = slot_blocks(columns_ptr, start, offs_n, BN, TN)
+    for j in tl.range(0, total, num_stages=STAGES):
+        first = start + j // PARTS * GATHER
+        part = j % PARTS
+        blocks = next_blocks
+        next_blocks = slot_blocks(columns_ptr, start + (j + 1) // PARTS * GATHER, offs_n, BN, TN)
+        keys = slot_positions(blocks, part, offs_n, BN, TN)  # [TN]
+        mask_n = (keys >= 0) & (keys < num_keys)
+        if TMA:
+            first_key = blocks * BN + part * TN
+            k_tile = k.load([batch, kv_head, first_key, 0]).reshape([TN, D])
+            v_tile = v.load([batch, kv_head, first_key, 0]).reshape([TN, DV])
+        else:
+            mask_k = mask_n[:, None] & (offs_d < head_dim)[None, :]
+            mask_v = mask_n[:, None] & (offs_dv < value_dim)[None, :]
+            keys64 = keys.to(tl.int64)[:, None]
+            k_tile = tl.load(k + keys64 * stride_kn + (offs_d * stride_kd)[None, :], mask=mask_k, other=0.0)
+            v_tile = tl.load(v + keys64 * stride_vn + (offs_dv * stride_vd)[None, :], mask=mask_v, other=0.0)
+        s = tl.dot(q, k_tile.T, input_precision=PRECISION)  # [TM, TN]
+        if SCALED:
+            s *= scale2
+        if bias_ptr is not None:
+            position = tl.load(positions_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN))
+            bias_ptrs = bias_ptr + position.to(tl.int64) * stride_bias_slot
+            bias_ptrs += ((offs_r % BM) * stride_bias_m)[:, None]
+            bias_ptrs += (((part * TN + offs_n) % BN) * stride_bias_n)[None, :]
+            s += tl.load(bias_ptrs, mask=position >= 0, other=0.0).to(tl.float32) * LOG2E
+        if j >= plain:
+            if log_counts_ptr is not None:
+                s += tl.load(log_counts_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN))
+            live = stored_entries(block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_n, BM, BN, TM, TN)
+            s = tl.where(live & mask_n[None, :], s, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(s, 1) * rate)
+        # a row that has met nothing yet keeps -inf, and must not subtract it from itself
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        p = tl.math.exp2(s * rate - shift[:, None])
+        decay = tl.math.exp2(peak - shift)
+        norm = norm * decay + tl.sum(p, 1)
+        peak = new_peak
+        if DROPOUT:
+            offs4 = tl.arange(0, TN // 4) * 4
+            columns4 = slot_positions(slot_blocks(columns_ptr, first, offs4, BN, TN), part, offs4, BN, TN) // 4
+            p = tl.where(dropout_keep(seed, threshold, batch, head, offs_m, columns4, TM, TN), p, 0.0)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
+
+    empty = norm == 0
+    norm = tl.where(empty, 1.0, norm)
+    acc = acc * (keep_scale / norm)[:, None]
+    lse = tl.where(empty, float("-inf"), (peak + tl.math.log2(norm)) * 0.6931471805599453)
+    tl.store(lse_ptr + (batch64 * heads + head) * num_queries + query, lse, mask=mask_m)
+    out_ptrs = out_ptr + batch64 * stride_ob + head64 * stride_oh
+    out_ptrs += query.to(tl.int64)[:, None] * stride_om + (offs_dv * stride_od)[None, :]
+    tl.store(
+        out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_dv < value_dim)[None, :]
+    )
+
+
+def forward_tiles(block_size: tuple[int, int], head_dim: int, dtype: torch.dtype) -> Tiles:
+    """The tile for a block size and padded head size; never a matter of length."""
+    if dtype == torch.float32:
+        return Tiles(64, 32, 4, 2) if head_dim <= 128 else Tiles(32, 32, 4, 2)
+    rows = 128 if block_size[0] >= 64 else 64
+    if head_dim <= 64:
+        return Tiles(rows, 64, 4, 3)
+    if head_dim <= 128:
+        return Tiles(rows, 64, 4, 2)
+    return Tiles(64, 32, 4, 2)
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    head_map: Tensor,
+    *,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_base: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` as `reference.block_attention` defines them, bf16, fp16 or fp32.
+
+    After FlashAttention-2 (Dao, arXiv 2307.08691): softmax in base 2, one pass over the stored blocks of a tile of rows.
+    """
+    tiles = forward_tiles(
+        pattern.block_size, padded_head_dim(max(q.shape[-1], v.shape[-1])), q.dtype
+    )
+    return launch_forward(
+        q, k, v, pattern, head_map, scale, dropout_p, seed, bias, bias_base, tiles
+    )
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    head_map: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    bias: Tensor | None,
+    bias_base: Tensor | None,
+    tiles: Tiles,
+    tma: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """:func:`block_attention` with the tile given, for whoever measures tiles; `tma=False` keeps to plain loads."""
+    (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
+    m, (bm, bn) = pattern.shape[0], pattern.block_size
+    out = torch.empty_like(q) if value_dim == head_dim else q.new_empty(*q.shape[:-1], value_dim)
+    lse = torch.empty(batch, heads, nq, device=q.device, dtype=torch.float32)
+    if lse.numel() == 0 or pattern.num_blocks == 0 or value_dim == 0:
+        return out.zero_(), lse.fill_(-math.inf)
+    schedule = tile_schedule(
+        pattern,
+        max(1, tiles.rows // bm),
+        max(1, tiles.columns // bn),
+        positions=None if bias is None else "rows",
+    )
+    d, dv = padded_head_dim(head_dim), padded_head_dim(value_dim)
+    first_tile = (m - nq) // tiles.rows
+    num_tiles = -(-m // tiles.rows) - first_tile
+    row_parts = max(1, bm // tiles.rows)
+    # with all rows there, whole groups are dealt out, heaviest first
+    ordered = m == nq
+    if ordered:
+        num_tiles = schedule.chunks.shape[1] * row_parts
+    tma = tma and bn >= tiles.columns and tma_ready(k) and tma_ready(v)
+    dropout = seed is not None and dropout_p > 0
+    attention_forward[(num_tiles * heads * batch,)](
+        q,
+        tile_descriptor(k, tiles.columns, d) if tma else k,
+        tile_descriptor(v, tiles.columns, dv) if tma else v,
+        out,
+        lse,
+        head_map,
+        *schedule_operands(schedule, ordered),
+        pattern.tiles,
+        bias,
+        bias_base,
+        seed if dropout else None,
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *out.stride(),
+        *shared_strides(head_map, bias, bias_base),
+        heads,
+        heads // kv_heads,
+        schedule.chunks.shape[1],
+        num_tiles,
+        first_tile,
+        m - nq,
+        nq,
+        nk,
+        head_dim,
+        value_dim,
+        scale,
+        dropout_threshold(dropout_p),
+        1.0 / (1.0 - dropout_p) if dropout else 1.0,
+        TMA=tma,
+        BM=bm,
+        BN=bn,
+        TM=tiles.rows,
+        TN=tiles.columns,
+        D=d,
+        DV=dv,
+        PRECISION=precision(q.dtype),
+        STAGES=tiles.num_stages,
+        num_warps=tiles.num_warps,
+    )
+    return out, lse
+
+
+def requires(
+    device_type: str,
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: tuple[int, int],
+) -> str | None:
+    """None, or why this kernel does not take a case."""
+    return unsupported(device_type, capability, dtype, head_dim, block_size)
+
+
+def compilations() -> Iterator[Compilation]:
+    """Every tile of :func:`forward_tiles`, and every feature once."""
+    for case in variants():
+        d = padded_head_dim(case.head_dim)
+        tiles = forward_tiles((case.block, case.block), d, case.dtype)
+        if case.tma and case.block < tiles.columns:
+            continue
+        kind = TYPE_NAMES[case.dtype]
+        constexprs = case.absent() | {
+            "TMA": case.tma,
+            "BM": case.block,
+            "BN": case.block,
+            "TM": tiles.rows,
+            "TN": tiles.columns,
+            "D": d,
+            "DV": d,
+            "PRECISION": precision(case.dtype),
+            "STAGES": tiles.num_stages,
+        }
+        streamed = f"tensordesc<{kind}[1, 1, {tiles.columns}, {d}]>" if case.tma else f"*{kind}"
+        given = dict.fromkeys(("q_ptr", "out_ptr", "bias_ptr"), f"*{kind}")
+        given |= {"k": streamed, "v": streamed, "lse_ptr": "*fp32", "log_counts_ptr": "*fp32"}
+        given |= {"bias_base_ptr": "*i64", "seed_ptr": "*i64"}
+        yield Compilation(
+            f"attention_forward-{case.name}",
+            attention_forward,
+            signature(attention_forward, given, constexprs),
+            constexprs,
+            {"num_warps": tiles.num_warps},
+            90 if case.tma else 80,
+        )

@@ -1,0 +1,40 @@
+"""block_matmul, by definition: densify, multiply."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_layouts.block_pattern import BlockPattern, entry_rows
+
+
+def densify(values: Tensor, pattern: BlockPattern) -> Tensor:
+    """The matrices (B, P, M, N) of `values` (B, S, bm, bn) on a pattern without a head map; differentiable."""
+    p = pattern
+    assert p.head_map is None, "values need lists of their own for every head: expand_heads"
+    (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
+    if p.row_slots is not None:
+        values = values[:, p.row_slots.long()]
+    rows = entry_rows(p.crow_indices, p.num_blocks)
+    where = rows * nb + p.col_indices
+    out = values.new_zeros(values.shape[0], p.num_patterns * mb * nb, bm, bn)
+    out = out.index_copy(1, where, values)
+    out = out.view(-1, p.num_patterns, mb, nb, bm, bn).transpose(3, 4)
+    return out.reshape(-1, p.num_patterns, mb * bm, nb * bn)[..., :m, :n]
+
+
+def block_matmul(
+    values: Tensor, pattern: BlockPattern, x: Tensor, *, transposed_output: bool = False
+) -> Tensor:
+    """`out[b, p] = W[b, p] @ x[b, p]`, W the matrix of `values` on the p-th pattern.
+
+    Shapes: `values` (B or 1, S, bm, bn), x (B or 1, P, K, N), any strides (0 where expanded); out (B, P, M, N).
+    `transposed_output`: the storage of out is that of a contiguous (B, P, N, M).
+
+    `pattern` has no head map; `values` are 0 wherever the pattern stores nothing (inside partial blocks, over the edge).
+    Accumulates in fp32 (fp64 for fp64); out has x's dtype.
+    """
+    w = densify(values, pattern)
+    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out = torch.matmul(w.to(accumulate), x.to(accumulate)).to(x.dtype)
+    return out.mT.contiguous().mT if transposed_output else out.contiguous()

@@ -1,0 +1,73 @@
+"""block_softmax on the CPU: batches of block rows with equally many blocks, side by side."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_layouts.block_pattern import BlockPattern
+from sparse_layouts.kernels.cpu_common import (
+    LOG2_E,
+    Scratch,
+    add_masks,
+    clear_edge,
+    clear_masked,
+    load_blocks,
+    score_dtype,
+    store_blocks,
+)
+from sparse_layouts.kernels.cpu_schedule import STEP_SCORES, row_schedule
+
+
+def block_softmax(values: Tensor, pattern: BlockPattern, *, log: bool = False) -> Tensor:
+    """Softmax (or log_softmax) over each row's stored entries, as the reference's `block_softmax` defines it."""
+    p, high = pattern, score_dtype(values.dtype)
+    out = torch.empty(values.shape, dtype=values.dtype)
+    if out.numel() == 0:
+        return out
+    scratch = Scratch()
+    plan = row_schedule(p, max(1, STEP_SCORES // p.block_size[0]), high)
+    tiny, lowest = torch.finfo(high).tiny, torch.finfo(high).min
+    for b in range(values.shape[0]):
+        for step in plan.steps:
+            scores = load_blocks(scratch, "scores", values[b], step, high)  # [T, BM, C]
+            scores.mul_(LOG2_E)
+            add_masks(scores, plan, step)
+            # A row of -inf keeps a finite maximum: its probabilities are then 0, not NaN.
+            scores.sub_(scores.amax(-1, keepdim=True).clamp_(min=lowest))
+            if log:
+                powers = scratch.take("powers", high, *scores.shape)
+                total = torch.exp2(scores, out=powers).sum(-1, keepdim=True).clamp_(min=tiny)
+                scores.sub_(total.log2_()).mul_(1 / LOG2_E)
+                clear_masked(scores, plan, step)
+            else:
+                total = scores.exp2_().sum(-1, keepdim=True).clamp_(min=tiny)
+                scores.mul_(total.reciprocal_())
+            store_blocks(out[b], scores, step)
+    clear_edge(out, p)
+    return out
+
+
+def block_softmax_backward(
+    grad: Tensor, out: Tensor, pattern: BlockPattern, *, log: bool = False
+) -> Tensor:
+    """The gradient to `values` from the gradient to `out`, as the reference's `block_softmax_backward` defines it."""
+    p, high = pattern, score_dtype(grad.dtype)
+    dx = torch.empty(grad.shape, dtype=grad.dtype)
+    if dx.numel() == 0:
+        return dx
+    scratch = Scratch()
+    plan = row_schedule(p, max(1, STEP_SCORES // p.block_size[0]), high)
+    for b in range(grad.shape[0]):
+        for step in plan.steps:
+            g = load_blocks(scratch, "g", grad[b], step, high)  # [T, BM, C]
+            o = load_blocks(scratch, "o", out[b], step, high)
+            clear_masked(g, plan, step)
+            if log:
+                g.sub_(o.exp_().mul_(g.sum(-1, keepdim=True)))
+                clear_masked(g, plan, step)
+            else:
+                g.sub_(torch.linalg.vecdot(g, o)[..., None]).mul_(o)
+            store_blocks(dx[b], g, step)
+    clear_edge(dx, p)
+    return dx

@@ -1,0 +1,111 @@
+"""What the CPU kernels share: scratch memory, dtypes, padding, masks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparse_layouts.block_pattern import BlockPattern, derived, entry_rows
+from sparse_layouts.kernels.cpu_schedule import Schedule, Step
+
+LOG2_E = math.log2(math.e)
+
+
+class Scratch:
+    """Buffers that a call reuses from step to step: fresh memory would cost more in page faults than the arithmetic on it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """A contiguous tensor with what was last written under this name."""
+        size = math.prod(shape)
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype)
+        return buffer[:size].view(shape)
+
+    def gather(self, name: str, source: Tensor, index: Tensor, *shape: int) -> Tensor:
+        """Rows `index` of a matrix, as `shape`."""
+        out = self.take(name, source.dtype, index.shape[0], source.shape[1])
+        return torch.index_select(source, 0, index, out=out).view(shape)
+
+    def cast(self, name: str, source: Tensor, dtype: torch.dtype) -> Tensor:
+        """`source` in `dtype`, itself where it is that already."""
+        if source.dtype == dtype:
+            return source
+        return self.take(name, dtype, *source.shape).copy_(source)
+
+
+def score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype scores and sums are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype probabilities enter a product: bf16 has products of its own on the CPU, fp16 gains nothing there."""
+    return dtype if dtype == torch.bfloat16 else score_dtype(dtype)
+
+
+def pad_rows(x: Tensor, before: int, total: int, dtype: torch.dtype) -> Tensor:
+    """x (H, N, D) as contiguous (H, total, D) in `dtype`, `before` rows of zeros first; x itself where it is that already."""
+    heads, rows, width = x.shape
+    if rows == total and before == 0:
+        return x.to(dtype).contiguous()
+    out = torch.zeros(heads, total, width, dtype=dtype)
+    out[:, before : before + rows] = x
+    return out
+
+
+def add_masks(scores: Tensor, plan: Schedule, step: Step) -> None:
+    """Adds to scores (T, R, C) what is -inf where nothing is stored, and log2 of the counts."""
+    tiles, rows, columns = scores.shape
+    by_block_row = scores.view(tiles, plan.group, rows // plan.group, columns)
+    for first, last, start, end, index in step.runs:
+        by_block_row[first:last, :, :, start:end].add_(plan.masks[index])
+
+
+def clear_masked(scores: Tensor, plan: Schedule, step: Step) -> None:
+    """Sets to 0 what scores (T, R, C) hold where nothing is stored."""
+    tiles, rows, columns = scores.shape
+    by_block_row = scores.view(tiles, plan.group, rows // plan.group, columns)
+    for first, last, start, end, index in step.runs:
+        unstored = plan.masks[index].isneginf()
+        by_block_row[first:last, :, :, start:end].masked_fill_(unstored, 0.0)
+
+
+def load_blocks(
+    scratch: Scratch, name: str, values: Tensor, step: Step, dtype: torch.dtype
+) -> Tensor:
+    """The blocks of values (S, bm, bn) of a step of block rows, side by side: (T, bm, L * bn)."""
+    assert step.slots is not None
+    _, bm, bn = values.shape
+    tiles = step.tiles.shape[0]
+    out = scratch.take(name, dtype, tiles, bm, step.length, bn)
+    blocks = values.index_select(0, step.slots).view(tiles, step.length, bm, bn)
+    return out.copy_(blocks.transpose(1, 2)).flatten(2)
+
+
+def store_blocks(values: Tensor, rows: Tensor, step: Step) -> None:
+    """Writes what :func:`load_blocks` returns back into values (S, bm, bn)."""
+    assert step.slots is not None
+    _, bm, bn = values.shape
+    blocks = rows.view(-1, bm, step.length, bn).transpose(1, 2).to(values.dtype)
+    values.index_copy_(0, step.slots, blocks.reshape(-1, bm, bn))
+
+
+def clear_edge(values: Tensor, pattern: BlockPattern) -> None:
+    """Sets to 0 what values (B, S, bm, bn) hold below the matrix's last row."""
+    p, bm = pattern, pattern.block_size[0]
+    inside = p.shape[0] - (p.grid[0] - 1) * bm
+    if inside == bm:
+        return
+
+    def build() -> Tensor:
+        rows = entry_rows(p.crow_indices, p.num_blocks)
+        entries = (rows % p.grid[0] == p.grid[0] - 1).nonzero()[:, 0]
+        return entries if p.row_slots is None else p.row_slots[entries].long()
+
+    values[:, derived(p, "cpu_last_row", build), inside:] = 0

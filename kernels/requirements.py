@@ -1,0 +1,46 @@
+"""What kernels require, as pure functions of a call's facts: None, or one line why not. Imports neither Triton nor a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from sparse_layouts.dispatch import Facts
+
+TRITON_OLDEST = (3, 6)
+MAX_HEAD_DIM = 256
+
+
+def cpu(facts: Facts) -> str | None:
+    """Tensors on the CPU, in any floating dtype."""
+    if facts.device != "cpu":
+        return f"works on cpu tensors, these are on {facts.device}"
+    if not facts.dtype.is_floating_point:
+        return f"takes floating dtypes, not {facts.dtype}"
+    return None
+
+
+def triton(facts: Facts) -> str | None:
+    """An NVIDIA GPU of compute capability 8.0 or newer, with Triton installed."""
+    if facts.device != "cuda":
+        return f"works on cuda tensors, these are on {facts.device}"
+    if not facts.triton:
+        return "needs Triton, which is not installed (pip install triton)"
+    if facts.triton[:2] < TRITON_OLDEST:
+        return f"needs Triton {'.'.join(map(str, TRITON_OLDEST))} or newer, found {'.'.join(map(str, facts.triton))}"
+    if facts.capability < (8, 0):
+        return f"needs compute capability 8.0 or newer, found {'.'.join(map(str, facts.capability))}"
+    return None
+
+
+def _power_of_two_blocks(facts: Facts) -> str | None:
+    for edge in facts.block_size:
+        if edge < 16 or edge & (edge - 1):
+            return f"takes blocks whose edges are powers of two from 16, not {facts.block_size}"
+    return None
+
+
+def triton_blocks(facts: Facts) -> str | None:
+    """As `triton`, and blocks that are powers of two from 16, in fp16, bf16, fp32 or fp64."""
+    if facts.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"takes float16, bfloat16, float32 and float64, not {facts.dtype}"
+    return triton(facts) or _power_of_two_blocks(facts)

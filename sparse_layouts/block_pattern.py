@@ -1,0 +1,421 @@
+"""Which blocks of a matrix are stored, without their values: row lists, column lists, bit tiles and counts.
+
+A :class:`BlockPattern` is a tuple of plain tensors, so that it can be an inner tensor of a layout, an argument of an
+opaque operator and a key of a cache. Everything that is built here costs O(stored blocks); a matrix of blocks is
+never made.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+T = TypeVar("T")
+WORD_BITS = 32
+
+
+class BlockPattern(NamedTuple):
+    """The stored blocks of a (*lead, M, N) matrix, by row and by column.
+
+    field | shape | dtype | invariant
+    ---|---|---|---
+    `crow_indices` | (P, Mb+1) | int32 | offsets into `col_indices`, one row of offsets a pattern; not decreasing
+    `col_indices` | (nnzb,) | int32 | block columns, strictly ascending within a block row
+    `row_slots` | (nnzb,) or None | int32 | where the t-th block of the row lists lies in `values`; None: at t
+    `ccol_indices` | (P, Nb+1) | int32 | offsets into `row_indices`
+    `row_indices` | (nnzb,) | int32 | block rows, strictly ascending within a block column
+    `col_slots` | (nnzb,) or None | int32 | where the t-th block of the column lists lies in `values`; None: at t
+    `head_map` | (prod(lead),) or None | int32 | the pattern of each leading index; None: pattern p is index p
+    `block_tiles` | (nnzb,) or None | int32 | by slot: 0 a full block, t > 0 a partial one, given by `tiles[t - 1]`
+    `tiles` | (T, bm, ceil(bn/32)) or None | int32 | bit c % 32 of word c // 32 is column c; True is stored
+    `block_counts` | (nnzb,) or None | int32 | by slot: how many times the block counts in a softmax, at least 1
+
+    `shape` is (M, N) in entries, `block_size` (bm, bn), `lead` the leading dimensions. M and N need not be multiples of
+    the block: the last block row and column reach over the edge, and what lies outside is never stored, whatever the
+    bits of a tile say there.
+    """
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    row_slots: Tensor | None
+    ccol_indices: Tensor
+    row_indices: Tensor
+    col_slots: Tensor | None
+    head_map: Tensor | None
+    block_tiles: Tensor | None
+    tiles: Tensor | None
+    block_counts: Tensor | None
+    shape: tuple[int, int]
+    block_size: tuple[int, int]
+    lead: tuple[int, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that the lists hold (each pattern once)."""
+        return self.col_indices.shape[0]
+
+    @property
+    def num_patterns(self) -> int:
+        """Different patterns along the leading dimensions."""
+        return self.crow_indices.shape[0]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Block rows and block columns, the last ones possibly cut by the edge."""
+        (m, n), (bm, bn) = self.shape, self.block_size
+        return -(-m // bm), -(-n // bn)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the lists are."""
+        return self.col_indices.device
+
+
+TENSOR_FIELDS = BlockPattern._fields[:10]
+
+
+# --- what is derived from a pattern, cached with it -------------------------------------------------------------------
+
+_derived: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def derived(pattern: BlockPattern, key: Any, build: Callable[[], T]) -> T:
+    """Returns `build()`, made once for this pattern's index tensors and dropped with them.
+
+    `key` names what is derived and with which parameters; it must be hashable. `build` must depend on the index tensors
+    alone, never on values.
+    """
+    store = _derived.get(pattern.crow_indices)
+    if store is None:
+        store = _derived[pattern.crow_indices] = {}
+    # Two patterns may share crow_indices and differ elsewhere (counts dropped, a transpose): the identities of the rest
+    # are part of the key. They are alive as long as the entry can be found, because `pattern` holds them, and
+    # an entry whose tensors died is replaced.
+    rest = tuple(None if t is None else id(t) for t in pattern[1:10])
+    found = store.get((key, rest))
+    if found is not None and all(r is None or r() is not None for r in found[1]):
+        return found[0]
+    value = build()
+    store[key, rest] = (
+        value,
+        tuple(None if t is None else weakref.ref(t) for t in pattern[1:10]),
+    )
+    return value
+
+
+def derived_bytes(pattern: BlockPattern) -> int:
+    """Bytes of all that :func:`derived` keeps for this pattern."""
+
+    def count(value: Any) -> int:
+        if isinstance(value, Tensor):
+            return value.untyped_storage().nbytes()
+        if isinstance(value, np.ndarray):
+            return value.nbytes
+        if isinstance(value, dict):
+            return sum(count(v) for v in value.values())
+        if isinstance(value, (tuple, list)):
+            return sum(count(v) for v in value)
+        return 0
+
+    store = _derived.get(pattern.crow_indices)
+    own = {id(t) for t in pattern[:10] if t is not None}
+    if store is None:
+        return 0
+    return sum(count(v) for v, _ in store.values() if id(v) not in own)
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def entry_rows(crow_indices: Tensor, num_blocks: int) -> Tensor:
+    """The global block row (pattern * Mb + row) of every entry of the row lists, int64, without a host sync."""
+    counts = crow_indices.diff(dim=-1).flatten()
+    rows = torch.arange(counts.numel(), device=counts.device)
+    return rows.repeat_interleave(counts.long(), output_size=num_blocks)
+
+
+def column_lists(
+    crow_indices: Tensor, col_indices: Tensor, num_block_columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Column lists `(ccol_indices, row_indices, position in the row lists)` of row lists; no host sync on a GPU."""
+    patterns, mb = crow_indices.shape[0], crow_indices.shape[1] - 1
+    nnzb, device = col_indices.shape[0], col_indices.device
+    if device.type == "cpu" and nnzb and patterns * num_block_columns < 2**31:
+        # scipy's counting sort: 12x faster than torch.sort here. One CSR matrix, the patterns on its block diagonal.
+        indptr = np.append(crow_indices[:, :-1].numpy().ravel(), np.int32(nnzb))
+        columns = col_indices.numpy()
+        if patterns > 1:
+            per_pattern = (crow_indices[:, -1] - crow_indices[:, 0]).long()
+            shift = torch.arange(patterns).mul_(num_block_columns).repeat_interleave(per_pattern)
+            columns = (col_indices + shift).int().numpy()
+        stacked = scipy.sparse.csr_matrix(
+            (np.arange(nnzb, dtype=np.int32), columns, indptr),
+            shape=(patterns * mb, patterns * num_block_columns),
+        ).tocsc()
+        rows = torch.from_numpy(stacked.indices.astype(np.int32, copy=False))
+        starts = torch.from_numpy(stacked.indptr.astype(np.int32, copy=False))
+        position = torch.from_numpy(stacked.data)
+        row_indices = rows.remainder_(mb) if patterns > 1 else rows
+    else:
+        rows = entry_rows(crow_indices, nnzb)
+        keys = rows.div(max(mb, 1), rounding_mode="floor") * num_block_columns + col_indices
+        position = torch.argsort(keys, stable=True)
+        counts = torch.zeros(patterns * num_block_columns, dtype=torch.int32, device=device)
+        counts.index_add_(0, keys, torch.ones_like(keys, dtype=torch.int32))
+        starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        row_indices = (rows[position] % max(mb, 1)).int()
+        position = position.int()
+    first = torch.arange(patterns, device=device)[:, None] * num_block_columns
+    each = torch.arange(num_block_columns + 1, device=device)[None, :]
+    return starts[first + each].contiguous(), row_indices, position
+
+
+def build_pattern(
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    *,
+    shape: tuple[int, int],
+    block_size: tuple[int, int],
+    lead: tuple[int, ...] = (),
+    head_map: Tensor | None = None,
+    block_tiles: Tensor | None = None,
+    tiles: Tensor | None = None,
+    block_counts: Tensor | None = None,
+) -> BlockPattern:
+    """A pattern from its row lists `crow_indices` (P, Mb+1) and `col_indices` (nnzb,); adds the column lists."""
+    ccol, row, position = column_lists(crow_indices, col_indices, -(-shape[1] // block_size[1]))
+    return BlockPattern(
+        crow_indices.int(),
+        col_indices.int(),
+        None,
+        ccol,
+        row,
+        position,
+        head_map,
+        block_tiles,
+        tiles,
+        block_counts,
+        (int(shape[0]), int(shape[1])),
+        (int(block_size[0]), int(block_size[1])),
+        tuple(int(d) for d in lead),
+    )
+
+
+def transpose_pattern(pattern: BlockPattern) -> BlockPattern:
+    """The pattern of the transposed matrix: the two lists change places, slots stay where they are."""
+    p = pattern
+    tiles = p.tiles
+    if tiles is not None:
+        tiles = derived(p, "transposed_tiles", lambda: pack_tiles(unpack_tiles(p).mT))
+    return p._replace(
+        crow_indices=p.ccol_indices,
+        col_indices=p.row_indices,
+        row_slots=p.col_slots,
+        ccol_indices=p.crow_indices,
+        row_indices=p.col_indices,
+        col_slots=p.row_slots,
+        tiles=tiles,
+        shape=(p.shape[1], p.shape[0]),
+        block_size=(p.block_size[1], p.block_size[0]),
+    )
+
+
+def expand_heads(pattern: BlockPattern) -> BlockPattern:
+    """The same pattern with its own lists for every leading index (`head_map` None).
+
+    Layouts with values need it: heads that share a pattern do not share values.
+    """
+    if pattern.head_map is None:
+        return pattern
+    return derived(pattern, "expand_heads", lambda: _expand_heads(pattern))
+
+
+def _expand_heads(p: BlockPattern) -> BlockPattern:
+    lead = math.prod(p.lead)
+    head_map = torch.arange(lead, device=p.device) if p.head_map is None else p.head_map.long()
+    starts, ends = p.crow_indices[head_map, 0], p.crow_indices[head_map, -1]
+    lengths = (ends - starts).long()
+    bases = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    total = int(bases[-1])  # one host sync, once a pattern
+    crow = (p.crow_indices[head_map] - starts[:, None] + bases[:-1, None]).int()
+    head = torch.arange(lead, device=p.device).repeat_interleave(lengths, output_size=total)
+    source = torch.arange(total, device=p.device) - bases[head] + starts[head]
+    slots = source if p.row_slots is None else p.row_slots[source].long()
+    return build_pattern(
+        crow,
+        p.col_indices[source],
+        shape=p.shape,
+        block_size=p.block_size,
+        lead=p.lead,
+        block_tiles=None if p.block_tiles is None else p.block_tiles[slots],
+        tiles=p.tiles,
+        block_counts=None if p.block_counts is None else p.block_counts[slots],
+    )
+
+
+def from_progressions(
+    segments: Callable[[torch.device], Sequence[tuple[Tensor, Tensor | int, Tensor]]],
+    *,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Row lists `(crow_indices, col_indices)` of rows that are a few arithmetic progressions each.
+
+    `segments(device)` returns, from left to right, `(start, step, count)` of shape (P, Mb) each: block columns
+    `start + step * t` for `0 <= t < count`. It is called on the CPU for the number of blocks and again on `device` for the lists, so
+    that a GPU is never waited for.
+    """
+    total = sum(int(count.sum()) for _, _, count in segments(torch.device("cpu")))
+    parts = list(segments(device))
+    counts = torch.stack([count.long() for _, _, count in parts], -1)  # (P, Mb, S)
+    patterns, mb, num = counts.shape
+    flat = counts.flatten()
+    ends = flat.cumsum(0)
+    part = torch.arange(flat.numel(), device=device).repeat_interleave(flat, output_size=total)
+    starts = torch.stack([start.long().expand(patterns, mb) for start, _, _ in parts], -1)
+    # column = start + step * (e - first entry of the part); folding the first entry into start saves a gather
+    steps = torch.stack(
+        [torch.as_tensor(step, device=device).expand(patterns, mb) for _, step, _ in parts], -1
+    )
+    origin = (starts.flatten() - steps.flatten() * (ends - flat)).int()
+    columns = torch.arange(total, device=device, dtype=torch.int32)
+    columns = columns.mul_(steps.flatten().int()[part]).add_(origin[part])
+    row_ends = ends.view(patterns * mb, num)[:, -1] if patterns * mb else ends
+    row_ends = torch.nn.functional.pad(row_ends, (1, 0))
+    first = torch.arange(patterns, device=device)[:, None] * mb
+    crow = row_ends[first + torch.arange(mb + 1, device=device)[None, :]]
+    return crow.int(), columns
+
+
+# --- bit tiles --------------------------------------------------------------------------------------------------------
+
+
+def pack_tiles(tiles: Tensor) -> Tensor:
+    """Packs bool tiles (T, bm, bn) into int32 words (T, bm, ceil(bn/32)), column c at bit c % 32."""
+    count, bm, bn = tiles.shape
+    words = -(-bn // WORD_BITS)
+    padded = torch.nn.functional.pad(tiles, (0, words * WORD_BITS - bn))
+    weights = torch.ones((), dtype=torch.int64, device=tiles.device) << torch.arange(
+        WORD_BITS, device=tiles.device
+    )
+    packed = (padded.view(count, bm, words, WORD_BITS).long() * weights).sum(-1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).int()
+
+
+def unpack_tiles(pattern: BlockPattern) -> Tensor:
+    """The bit tiles as bool (T, bm, bn)."""
+    assert pattern.tiles is not None
+    shifts = torch.arange(WORD_BITS, device=pattern.device, dtype=torch.int32)
+    bits = (pattern.tiles[..., None] >> shifts) & 1
+    return bits.flatten(-2)[..., : pattern.block_size[1]].bool()
+
+
+def tile_table(pattern: BlockPattern) -> Tensor:
+    """bool (T + 1, bm, bn): entry 0 all True, then the bit tiles; `tile_table(p)[p.block_tiles]` is every block."""
+
+    def build() -> Tensor:
+        full = torch.ones(1, *pattern.block_size, dtype=torch.bool, device=pattern.device)
+        return full if pattern.tiles is None else torch.cat([full, unpack_tiles(pattern)])
+
+    return derived(pattern, "tile_table", build)
+
+
+# --- dense pictures, for references and tests only --------------------------------------------------------------------
+
+
+def dense_counts(pattern: BlockPattern) -> Tensor:
+    """int32 (*lead, M, N): how often each entry counts, 0 where nothing is stored. Dense: for references and tests."""
+    p = pattern
+    (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
+    nnzb = p.num_blocks
+    slots = torch.arange(nnzb, device=p.device) if p.row_slots is None else p.row_slots.long()
+    tile = torch.zeros(nnzb, dtype=torch.long, device=p.device)
+    if p.block_tiles is not None:
+        tile = p.block_tiles[slots].long()
+    blocks = tile_table(p)[tile].int()
+    if p.block_counts is not None:
+        blocks = blocks * p.block_counts[slots].int()[:, None, None]
+    rows = entry_rows(p.crow_indices, nnzb)
+    out = torch.zeros(p.num_patterns * mb, nb, bm, bn, dtype=torch.int32, device=p.device)
+    out[rows, p.col_indices.long()] = blocks
+    out = out.view(p.num_patterns, mb, nb, bm, bn).transpose(2, 3)
+    out = out.reshape(p.num_patterns, mb * bm, nb * bn)[:, :m, :n]
+    if p.head_map is not None:
+        out = out[p.head_map.long()]
+    return out.reshape(*p.lead, m, n)
+
+
+def pattern_from_dense(
+    blocks: Tensor,
+    block_size: tuple[int, int],
+    shape: tuple[int, int],
+    block_tiles: Tensor | None = None,
+    tiles: Tensor | None = None,
+) -> BlockPattern:
+    """A pattern from a matrix of blocks (*lead, Mb, Nb), bool or integer counts. One host sync; equal heads are stored once.
+
+    `block_tiles` (*lead, Mb, Nb) int32 names the bit tile of each stored block (0: full).
+    """
+    lead = tuple(blocks.shape[:-2])
+    mb, nb = blocks.shape[-2:]
+    flat = blocks.reshape(-1, mb, nb)
+    flat_tiles = None if block_tiles is None else block_tiles.reshape(-1, mb, nb)
+    head_map = None
+    if flat.shape[0] > 1:
+        same = torch.where(flat != 0, flat.long(), 0)
+        if flat_tiles is not None:
+            same = same * (int(flat_tiles.max()) + 2) + torch.where(flat != 0, flat_tiles, 0)
+        first, head = _equal_rows(same.flatten(1))
+        if len(first) < flat.shape[0]:
+            flat = flat[first]
+            flat_tiles = None if flat_tiles is None else flat_tiles[first]
+            head_map = head.int()
+    stored = flat != 0
+    counts = stored.sum(-1)  # (P, Mb)
+    ends = torch.nn.functional.pad(counts.flatten().cumsum(0), (1, 0))
+    where = torch.arange(flat.shape[0], device=flat.device)[:, None] * mb
+    crow = ends[where + torch.arange(mb + 1, device=flat.device)[None, :]].int()
+    index = stored.nonzero(as_tuple=True)
+    block_counts = None
+    if flat.dtype != torch.bool:
+        block_counts = flat[index].int()
+    return build_pattern(
+        crow,
+        index[2].int(),
+        shape=shape,
+        block_size=block_size,
+        lead=lead,
+        head_map=head_map,
+        block_tiles=None if flat_tiles is None else flat_tiles[index].int(),
+        tiles=tiles,
+        block_counts=block_counts,
+    )
+
+
+def _equal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of an integer matrix: the first row of each kind, and for each row its kind, kinds numbered as they first appear."""
+    data = np.ascontiguousarray(rows.cpu().numpy())
+    seen: dict[bytes, int] = {}
+    first, kind = [], []
+    for i in range(data.shape[0]):
+        key = data[i].tobytes()
+        if key not in seen:
+            seen[key] = len(first)
+            first.append(i)
+        kind.append(seen[key])
+    device = rows.device
+    return torch.tensor(first, device=device), torch.tensor(kind, device=device)
+
+
+@functools.cache
+def causal_tile(bm: int, bn: int) -> Tensor:
+    """The packed diagonal tile (1, bm, words) of a causal mask, on the CPU."""
+    return pack_tiles(torch.ones(1, bm, bn, dtype=torch.bool).tril())

@@ -1,0 +1,117 @@
+"""Blocks of values on a pattern: gathered from a dense matrix, scattered into one, cleared where nothing is stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_layouts.block_pattern import BlockPattern, derived, entry_rows, tile_table
+
+
+def slots_in_row_order(pattern: BlockPattern) -> Tensor:
+    """int64 (nnzb,): the slot of the t-th block of the row lists."""
+    if pattern.row_slots is None:
+        return torch.arange(pattern.num_blocks, device=pattern.device)
+    return pattern.row_slots.long()
+
+
+def cells(pattern: BlockPattern) -> Tensor:
+    """int64 (nnzb,), by position in the row lists: (pattern * Mb + block row) * Nb + block column."""
+    return entry_rows(pattern.crow_indices, pattern.num_blocks) * pattern.grid[1] + pattern.col_indices
+
+
+def densify(values: Tensor, pattern: BlockPattern) -> Tensor:
+    """The matrices (B, P, M, N) of `values` (B, S, bm, bn) on a pattern without a head map; differentiable."""
+    p = pattern
+    assert p.head_map is None, "values need lists of their own for every head: expand_heads"
+    (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
+    if p.row_slots is not None:
+        values = values[:, p.row_slots.long()]
+    out = values.new_zeros(values.shape[0], p.num_patterns * mb * nb, bm, bn)
+    out = out.index_copy(1, cells(p), values)
+    out = out.view(-1, p.num_patterns, mb, nb, bm, bn).transpose(3, 4)
+    return out.reshape(-1, p.num_patterns, mb * bm, nb * bn)[..., :m, :n]
+
+
+def gather(dense: Tensor, pattern: BlockPattern) -> Tensor:
+    """The stored entries (B, S, bm, bn) of `dense` (B, P, M, N), in slot order, 0 at what is not stored; differentiable."""
+    p = pattern
+    assert p.head_map is None, "values need lists of their own for every head: expand_heads"
+    (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
+    if (m, n) != (mb * bm, nb * bn):
+        dense = torch.nn.functional.pad(dense, (0, nb * bn - n, 0, mb * bm - m))
+    blocks = dense.reshape(-1, p.num_patterns, mb, bm, nb, bn)
+    where = cells(p)
+    if p.row_slots is not None:
+        where = torch.empty_like(where).index_copy(0, p.row_slots.long(), where)
+    row, column = where.div(max(nb, 1), rounding_mode="floor"), where % max(nb, 1)
+    pattern_of, row = row.div(max(mb, 1), rounding_mode="floor"), row % max(mb, 1)
+    values = blocks[:, pattern_of, row, :, column].transpose(0, 1)  # the indexed dimension comes first
+    mask = entry_mask(p)
+    return values.contiguous() if mask is None else values.masked_fill(~mask, 0)
+
+
+def entry_mask(pattern: BlockPattern) -> Tensor | None:
+    """bool (S, bm, bn) by slot: which entries of the blocks are stored; None where all are."""
+    p = pattern
+    (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
+    ragged = (m, n) != (mb * bm, nb * bn)
+    if p.block_tiles is None and not ragged:
+        return None
+    ids = torch.zeros(p.num_blocks, dtype=torch.long, device=p.device)
+    mask = tile_table(p)[ids if p.block_tiles is None else p.block_tiles.long()]
+    if ragged:
+        row, column = rows_and_columns(p)
+        rows = row[:, None] * bm + torch.arange(bm, device=p.device)
+        columns = column[:, None] * bn + torch.arange(bn, device=p.device)
+        mask = mask & (rows < m)[:, :, None] & (columns < n)[:, None, :]
+    return mask
+
+
+def rows_and_columns(pattern: BlockPattern) -> tuple[Tensor, Tensor]:
+    """int64 (S,), by slot: block row and block column within the block's own pattern."""
+    p = pattern
+    row = entry_rows(p.crow_indices, p.num_blocks) % max(p.grid[0], 1)
+    column = p.col_indices.long()
+    if p.row_slots is not None:
+        slots = p.row_slots.long()
+        row = torch.empty_like(row).index_copy(0, slots, row)
+        column = torch.empty_like(column).index_copy(0, slots, column)
+    return row, column
+
+
+def entries_per_pattern(pattern: BlockPattern) -> Tensor:
+    """int64 (P,): stored entries of each pattern, by token, counted without unpacking a block."""
+
+    def build() -> Tensor:
+        p = pattern
+        (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
+        table = tile_table(p).long()  # (T + 1, bm, bn)
+        last_m, last_n = m - (mb - 1) * bm, n - (nb - 1) * bn
+        sizes = torch.stack(
+            [
+                torch.stack([table[:, :h, :w].sum((1, 2)) for w in (bn, max(last_n, 0))])
+                for h in (bm, max(last_m, 0))
+            ]
+        )  # (last row?, last column?, tile)
+        row, column = rows_and_columns(p)
+        ids = torch.zeros_like(row) if p.block_tiles is None else p.block_tiles.long()
+        each = sizes[(row == mb - 1).long(), (column == nb - 1).long(), ids]
+        if p.row_slots is not None:
+            each = each[p.row_slots.long()]
+        which = entry_rows(p.crow_indices, p.num_blocks).div(max(mb, 1), rounding_mode="floor")
+        return torch.zeros(p.num_patterns, dtype=torch.long, device=p.device).index_add_(0, which, each)
+
+    return derived(pattern, "entries_per_pattern", build)
+
+
+def num_entries(pattern: BlockPattern) -> int:
+    """Stored entries over all leading indices (one host sync, once a pattern)."""
+
+    def build() -> int:
+        each = entries_per_pattern(pattern)
+        if pattern.head_map is not None:
+            each = each[pattern.head_map.long()]
+        return int(each.sum())
+
+    return derived(pattern, "num_entries", build)

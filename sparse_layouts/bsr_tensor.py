@@ -1,0 +1,321 @@
+"""BSRTensor: blocks of a matrix, with values or as a mask, a pattern for each head where wanted."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor
+
+from sparse_layouts.block_pattern import (
+    TENSOR_FIELDS,
+    BlockPattern,
+    derived_bytes,
+    expand_heads,
+    transpose_pattern,
+)
+from sparse_layouts.block_values import densify, entry_mask, gather, num_entries, slots_in_row_order
+from sparse_layouts.layout_tensor import LayoutTensor
+from sparse_layouts.pattern_checks import check_pattern
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class BSRTensor(LayoutTensor):
+    """Block-sparse rows: the stored blocks of a matrix, row by row, as in `torch.sparse_bsr`; with values, or as a bool mask.
+
+    A 4 x 4 example with blocks of 2::
+
+        1 2 . .      crow_indices()  0 1 3
+        3 4 . .      col_indices()   0 0 1
+        5 6 7 8      values()        [[1 2] [3 4]] [[5 6] [9 8]] [[7 8] [7 6]]
+        9 8 7 6
+
+    field | shape | dtype | invariant
+    ---|---|---|---
+    `inner_values` | (*batch, nnzb, bm, bn) | any | None for a mask; 0 wherever nothing is stored; may be a transposed view
+    the ten tensors of `block_pattern` | see :class:`~sparse_layouts.block_pattern.BlockPattern` | int32 | ascending, in range
+
+    The shape is (*batch, *lead, M, N): every batch index has values of its own on one pattern; leading indices (heads) have a pattern
+    each, and heads of a mask that are equal share one. Memory: nnzb * (bm * bn * itemsize + 12) bytes and 8 bytes a block row and column
+    (8 of the 12 are the column lists, which transposed products and gradients use).
+
+    Made by `sl.bsr`, `sl.bsr_mask`, `sl.mask_from` and the mask factories.
+    """
+
+    fields = ("values", *TENSOR_FIELDS)
+    static_fields = ("block_size", "lead_dims")
+
+    block_size: tuple[int, int]
+    lead_dims: int
+    inner_values: Tensor | None
+    _pattern: BlockPattern | None = None
+
+    @classmethod
+    def on_pattern(cls, values: Tensor | None, pattern: BlockPattern, **static: Any) -> Self:
+        """A layout of `values` (*batch, S, bm, bn), or a mask for None, on a pattern."""
+        if values is not None:
+            pattern = expand_heads(pattern)
+        batch = () if values is None else tuple(values.shape[:-3])
+        out = cls(
+            values,
+            *pattern[:10],
+            shape=(*batch, *pattern.lead, *pattern.shape),
+            dtype=torch.bool if values is None else values.dtype,
+            block_size=pattern.block_size,
+            lead_dims=len(pattern.lead),
+            **static,
+        )
+        out._pattern = pattern
+        return out
+
+    def own_static(self) -> dict[str, Any]:
+        """The static metadata that a subclass adds."""
+        return {n: getattr(self, n) for n in self.static_fields if n not in BSRTensor.static_fields}
+
+    @property
+    def block_pattern(self) -> BlockPattern:
+        """The pattern as a tuple of tensors and sizes."""
+        if self._pattern is None:
+            with torch._C.DisableTorchFunctionSubclass():
+                shape = self.shape
+            m, n = shape[-2:]
+            lead = tuple(shape[len(shape) - 2 - self.lead_dims : -2])
+            self._pattern = BlockPattern(
+                *self.inner_tensors()[1:],  # type: ignore[arg-type]
+                shape=(m, n),
+                block_size=self.block_size,
+                lead=lead,
+            )
+        return self._pattern
+
+    @property
+    def pattern(self) -> BSRTensor:
+        """The mask of the stored entries (a bool layout of the leading dimensions, without the batch); a mask returns itself."""
+        if self.inner_values is None:
+            return self
+        return type(self).on_pattern(None, self.block_pattern, **self.own_static())
+
+    @property
+    def is_mask(self) -> bool:
+        """Whether this is a mask: a bool layout without values."""
+        return self.inner_values is None
+
+    def like_self(self, values: Tensor | None) -> Self:
+        """This layout with other values (*batch, S, bm, bn) in slot order, or as a mask for None."""
+        return type(self).on_pattern(values, self.block_pattern, **self.own_static())
+
+    def map_inner(self, function: Any, values: Tensor | None) -> Self:
+        """This layout with `function` applied to every index tensor, and with these values."""
+        pattern = self.block_pattern if values is None else expand_heads(self.block_pattern)
+        moved = [None if t is None else function(t) for t in pattern[:10]]
+        pattern = BlockPattern(*moved, *pattern[10:])  # type: ignore[arg-type]
+        return type(self).on_pattern(values, pattern, **self.own_static())
+
+    # --- dense, and back ----------------------------------------------------------------------------------------------
+
+    def to_dense_entries(self) -> Tensor:
+        """The plain matrix; bool for a mask."""
+        if self.inner_values is None:
+            p = self.block_pattern._replace(head_map=None, lead=(self.block_pattern.num_patterns,))
+            each = densify(_mask_values(p)[None], p)[0]  # (P, M, N)
+            head_map = self.block_pattern.head_map
+            return (each if head_map is None else each[head_map.long()]).reshape(self.shape)
+        values = self.inner_values
+        flat = values.reshape(-1, *values.shape[-3:])
+        return densify(flat, self.block_pattern).reshape(self.shape)
+
+    def sample(self, dense: Tensor) -> Self:
+        """The entries of `dense` (this layout's shape, or with other leading batch dimensions) that are stored here."""
+        p = expand_heads(self.block_pattern)
+        batch = dense.shape[: dense.dim() - 2 - self.lead_dims]
+        values = gather(dense.reshape(-1, p.num_patterns, *p.shape), p)
+        return self.like_self(values.view(*batch, *values.shape[1:]))
+
+    def ones(self, dtype: torch.dtype) -> Tensor:
+        """Values of 1 at every stored entry, in slot order of the expanded pattern."""
+        return _mask_values(expand_heads(self.block_pattern)).to(dtype)
+
+    def clear_unstored(self) -> None:
+        """Sets what lies inside a block but is not stored (bit tiles, over the edge) to zero, in place."""
+        mask = entry_mask(self.block_pattern)
+        if mask is not None and self.inner_values is not None:
+            self.inner_values.masked_fill_(~mask, 0)
+
+    # --- accessors, in row order --------------------------------------------------------------------------------------
+
+    def crow_indices(self) -> Tensor:
+        """int32 (Mb + 1,), or (*lead, Mb + 1) with offsets into one `col_indices()`; equal heads of a mask share offsets."""
+        p = self.block_pattern
+        if not p.lead:
+            return p.crow_indices[0]
+        crow = p.crow_indices if p.head_map is None else p.crow_indices[p.head_map.long()]
+        return crow.view(*p.lead, -1)
+
+    def col_indices(self) -> Tensor:
+        """int32 (nnzb,): the block column of every stored block, row by row."""
+        return self.block_pattern.col_indices
+
+    def values(self) -> Tensor:
+        """(*batch, nnzb, bm, bn): the stored blocks in the order of `col_indices()`, differentiable.
+
+        Shares memory with the layout (but for a transposed one, whose blocks have to be put in order). Raises `TypeError` for a mask.
+        """
+        from sparse_layouts.layout_autograd import values_of
+
+        if self.inner_values is None:
+            raise TypeError("values: a mask layout has none; mask.to(dtype) has ones")
+        values = values_of(self)
+        slots = self.block_pattern.row_slots
+        return values if slots is None else values.index_select(-3, slots.long())
+
+    def block_counts(self) -> Tensor | None:
+        """int32 (nnzb,): how often each block counts in a softmax, or None where all count once."""
+        counts = self.block_pattern.block_counts
+        return None if counts is None else counts[slots_in_row_order(self.block_pattern)]
+
+    # --- sizes --------------------------------------------------------------------------------------------------------
+
+    @property
+    def nnz(self) -> int:
+        """Stored entries, by token: of partial blocks those that are True, over all heads and the batch."""
+        p = self.block_pattern
+        return num_entries(p) * math.prod(self.shape[: self.dim() - 2 - self.lead_dims])
+
+    @property
+    def density_of_causal(self) -> float:
+        """Stored entries over those of a causal mask of this shape (from the upper left)."""
+        m, n = self.block_pattern.shape
+        rows = min(m, n)
+        triangle = rows * (rows + 1) // 2 + (m - rows) * n
+        return self.nnz / max(1, triangle * math.prod(self.shape[:-2]))
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of the tile schedules and the like that have been derived from the pattern."""
+        return derived_bytes(self.block_pattern)
+
+    def describe(self) -> list[str]:
+        """Short facts for the repr."""
+        p = self.block_pattern
+        bm, bn = p.block_size
+        block = f"block {bm}" if bm == bn else f"block ({bm}, {bn})"
+        if self.inner_tensors()[1] is None or type(p.col_indices) is not Tensor:
+            return [block]  # being traced: there is nothing to count
+        text = [block, f"{p.num_blocks} blocks", f"density {self.density:.2%}"]
+        if p.head_map is not None or p.num_patterns > 1:
+            text.append(f"{p.num_patterns} patterns")
+        return text
+
+    # --- other forms --------------------------------------------------------------------------------------------------
+
+    def to_scipy(self) -> Any:
+        """A `scipy.sparse.bsr_array` (csr_array where the block does not divide the shape); nested lists over leading dimensions.
+
+        bfloat16, which scipy lacks, becomes float32.
+        """
+        return self._each_matrix(self._one_scipy)
+
+    def to_torch_sparse(self) -> Any:
+        """A `torch.sparse_bsr` tensor (CSR where the block does not divide the shape); nested lists over leading dimensions."""
+        return self._each_matrix(self._one_torch)
+
+    def _each_matrix(self, make: Any) -> Any:
+        p = self.block_pattern
+        slots = slots_in_row_order(p)
+        values = self.inner_values
+        if values is None:
+            values = _mask_values(p)
+        values = values.detach()
+        batch = values.shape[:-3]
+        flat = values.reshape(-1, *values.shape[-3:])
+
+        def one(b: int, lead: int) -> Any:
+            which = lead if p.head_map is None else int(p.head_map[lead])
+            crow = p.crow_indices[which]
+            first, last = int(crow[0]), int(crow[-1])
+            return make(crow - crow[0], p.col_indices[first:last], flat[b, slots[first:last]])
+
+        made = [one(b, h) for b in range(flat.shape[0]) for h in range(math.prod(p.lead))]
+        for size in reversed((*batch, *p.lead)):
+            made = [made[i : i + size] for i in range(0, len(made), size)] if size else []
+        return made[0]
+
+    def _one_scipy(self, crow: Tensor, col: Tensor, values: Tensor) -> Any:
+        (m, n), (mb, nb) = self.block_pattern.shape, self.block_pattern.grid
+        bm, bn = self.block_size
+        data = values.float() if values.dtype == torch.bfloat16 else values
+        data, indices, indptr = (t.cpu().numpy() for t in (data, col, crow))
+        if not len(indices):
+            kind = scipy.sparse.bsr_array if (m, n) == (mb * bm, nb * bn) else scipy.sparse.csr_array
+            return kind((m, n), dtype=data.dtype)
+        made = scipy.sparse.bsr_array((data, indices, indptr), shape=(mb * bm, nb * bn))
+        if (m, n) == (mb * bm, nb * bn):
+            return made
+        cut = made.tocsr()[:m, :n]
+        cut.eliminate_zeros()
+        return cut
+
+    def _one_torch(self, crow: Tensor, col: Tensor, values: Tensor) -> Tensor:
+        (m, n), (mb, nb) = self.block_pattern.shape, self.block_pattern.grid
+        bm, bn = self.block_size
+        if (m, n) == (mb * bm, nb * bn):
+            return torch.sparse_bsr_tensor(crow, col, values.contiguous(), size=(m, n))
+        rows = torch.arange(mb, device=crow.device).repeat_interleave(crow.diff().long())
+        keep = values != 0
+        at = keep.nonzero(as_tuple=True)
+        index = torch.stack([rows[at[0]] * bm + at[1], col.long()[at[0]] * bn + at[2]])
+        inside = (index[0] < m) & (index[1] < n)
+        coo = torch.sparse_coo_tensor(index[:, inside], values[at][inside], (m, n), check_invariants=False)
+        return coo.coalesce().to_sparse_csr()
+
+    def validate(self) -> None:
+        """Checks every invariant of the pattern and the values; raises `ValueError` that names the first broken one."""
+        check_pattern(self.block_pattern)
+        values = self.inner_values
+        if values is None:
+            return
+        p = self.block_pattern
+        if p.head_map is not None:
+            raise ValueError("values need a pattern of their own for every head; got a head map")
+        if values.dim() < 3 or tuple(values.shape[-3:]) != (p.num_blocks, *p.block_size):
+            raise ValueError(
+                f"values: expected (*batch, {p.num_blocks}, {p.block_size[0]}, {p.block_size[1]}), got {tuple(values.shape)}"
+            )
+        if values.device != p.device:
+            raise ValueError(f"values are on {values.device}, the pattern on {p.device}")
+        mask = entry_mask(p)
+        if mask is not None and bool((values.masked_fill(mask, 0) != 0).any()):
+            raise ValueError("values: an entry that the pattern does not store is not 0 (inside a partial block or over the edge)")
+
+    def transposed(self) -> BSRTensor:
+        """The transposed layout: values shared (a view), row and column lists exchanged."""
+        values = self.inner_values
+        return BSRTensor.on_pattern(
+            None if values is None else values.mT, transpose_pattern(self.block_pattern)
+        )
+
+
+def _mask_values(pattern: BlockPattern) -> Tensor:
+    """bool (S, bm, bn): the stored entries of every block, by slot."""
+    mask = entry_mask(pattern)
+    if mask is not None:
+        return mask
+    return torch.ones(pattern.num_blocks, *pattern.block_size, dtype=torch.bool, device=pattern.device)
+
+
+def block_size_pair(block_size: int | tuple[int, int], what: str) -> tuple[int, int]:
+    """(bm, bn) from an int or a pair; raises for anything else."""
+    pair = (block_size, block_size) if isinstance(block_size, (int, np.integer)) else block_size
+    if isinstance(pair, bool) or len(tuple(pair)) != 2:
+        raise TypeError(f"{what}: block_size is an int or a pair of ints, got {block_size!r}")
+    bm, bn = pair
+    if not (isinstance(bm, (int, np.integer)) and isinstance(bn, (int, np.integer))):
+        raise TypeError(f"{what}: block_size is an int or a pair of ints, got {block_size!r}")
+    if bm < 1 or bn < 1:
+        raise ValueError(f"{what}: block_size must be positive, got {block_size!r}")
+    return int(bm), int(bn)

@@ -1,0 +1,115 @@
+"""The differentiable steps between a layout, its values and its dense form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_layouts.layout_tensor import LayoutTensor
+
+
+def as_layout(grad: Tensor, like: LayoutTensor) -> LayoutTensor:
+    """A gradient to a layout in that layout: what arrives dense, or on another pattern, is sampled."""
+    if isinstance(grad, LayoutTensor):
+        if grad.same_pattern(like):
+            return grad
+        grad = grad.to_dense_entries()
+    return like.sample(grad)
+
+
+class ToDense(torch.autograd.Function):
+    """layout -> its dense form; the gradient is sampled onto the layout."""
+
+    @staticmethod
+    def forward(layout: LayoutTensor) -> Tensor:
+        return layout.to_dense_entries()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (layout,) = ctx.saved_tensors
+        return FromDense.apply(grad, layout)
+
+
+class FromDense(torch.autograd.Function):
+    """dense -> its entries that `like` stores, in that layout; the gradient is made dense."""
+
+    @staticmethod
+    def forward(dense: Tensor, like: LayoutTensor) -> LayoutTensor:
+        return like.sample(dense)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.to_dense() if isinstance(grad, LayoutTensor) else grad, None
+
+
+class Values(torch.autograd.Function):
+    """layout -> its values, as they lie in memory."""
+
+    @staticmethod
+    def forward(layout: LayoutTensor) -> Tensor:
+        values = layout.stored_values
+        assert values is not None
+        return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (layout,) = ctx.saved_tensors
+        return FromValues.apply(grad, layout)
+
+
+class FromValues(torch.autograd.Function):
+    """values -> the layout that has them on `like`'s pattern."""
+
+    @staticmethod
+    def forward(values: Tensor, like: LayoutTensor) -> LayoutTensor:
+        out = like.like_self(values.detach().clone())
+        out.clear_unstored()
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (like,) = ctx.saved_tensors
+        return Values.apply(as_layout(grad, like)), None
+
+
+def values_of(layout: LayoutTensor) -> Tensor:
+    """The stored values, differentiable."""
+    if torch.is_grad_enabled() and layout.requires_grad:
+        return Values.apply(layout)
+    values = layout.stored_values
+    assert values is not None
+    return values
+
+
+def with_values(layout: LayoutTensor, values: Tensor) -> LayoutTensor:
+    """The layout with other values, differentiable in them."""
+    if torch.is_grad_enabled() and values.requires_grad:
+        return FromValues.apply(values, layout)
+    out = layout.like_self(values)
+    out.clear_unstored()
+    return out
+
+
+def sampled(dense: Tensor, like: LayoutTensor) -> LayoutTensor:
+    """The entries of `dense` that `like` stores, in its layout, differentiable in `dense`."""
+    if torch.is_grad_enabled() and dense.requires_grad:
+        return FromDense.apply(dense, like)
+    return like.sample(dense)

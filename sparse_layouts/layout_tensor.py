@@ -1,0 +1,315 @@
+"""LayoutTensor: what every layout is, once. A layout's file declares its fields and what is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from sparse_layouts.dispatch import Layout, call_route, fall_back
+from sparse_layouts.stored_entries import handler_of, keeps_layout
+
+L = TypeVar("L", bound="LayoutTensor")
+
+
+class LayoutTensor(torch.Tensor, Layout):
+    """A matrix that stores part of its entries, as a `torch.Tensor`; what is not stored is zero (False in a mask).
+
+    A subclass names its tensors in `fields` (each is kept as attribute `inner_<name>`; the first one holds the values,
+    its dtype is the layout's) and its other metadata, hashable and static, in `static_fields`, and defines `to_dense_entries`
+    (the plain matrix) and, to be made from one, a classmethod `from_dense`. Every torch function then works, by the dense fallback;
+    `@sl.route(torch.mm, input=MyLayout)` adds a sparse one. Construction: `MyLayout(*tensors, shape=..., **static)`.
+
+    Gradients come in the same layout. Transforms of `torch.func` with respect to a layout raise: they hide the subclass.
+
+    >>> import torch, sparse_layouts as sl
+    >>> class Diagonal(sl.LayoutTensor):
+    ...     fields = ("entries",)
+    ...     def to_dense_entries(self):
+    ...         return torch.diag(self.inner_entries)
+    >>> d = Diagonal(torch.tensor([1.0, 2.0]), shape=(2, 2))
+    >>> @sl.route(torch.mm, input=Diagonal)
+    ... def scale_rows(input, mat2):
+    ...     return input.inner_entries[:, None] * mat2
+    >>> d @ torch.ones(2, 1)
+    tensor([[1.],
+            [2.]])
+    >>> scale_rows.unregister()
+    """
+
+    fields: ClassVar[tuple[str, ...]] = ()
+    static_fields: ClassVar[tuple[str, ...]] = ()
+
+    # --- making one ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def __new__(
+        cls: type[L],
+        *inner: Tensor | None,
+        shape: Any,
+        dtype: torch.dtype | None = None,
+        requires_grad: bool = False,
+        **static: Any,
+    ) -> L:
+        """A layout of these inner tensors, in the order of `fields`; None where a field is left out."""
+        if len(inner) != len(cls.fields):
+            raise TypeError(
+                f"{cls.__name__}: expected {len(cls.fields)} tensors ({', '.join(cls.fields)}), got {len(inner)}"
+            )
+        if set(static) != set(cls.static_fields):
+            raise TypeError(
+                f"{cls.__name__}: expected the static fields {cls.static_fields}, got {tuple(static)}"
+            )
+        present = next(t for t in inner if t is not None)
+        self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            tuple(shape),
+            dtype=dtype if dtype is not None else present.dtype,
+            device=present.device,
+            requires_grad=requires_grad,
+        )
+        for name, tensor in zip(cls.fields, inner, strict=True):
+            setattr(self, "inner_" + name, tensor)
+        for name, value in static.items():
+            setattr(self, name, value)
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # torch.Tensor's own __init__ takes no arguments
+        super().__init__()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        torch.serialization.add_safe_globals([cls, rebuild])
+
+    def inner_tensors(self) -> tuple[Tensor | None, ...]:
+        """The inner tensors in the order of `fields`."""
+        return tuple(getattr(self, "inner_" + name) for name in self.fields)
+
+    def static(self) -> dict[str, Any]:
+        """The static metadata by name."""
+        return {name: getattr(self, name) for name in self.static_fields}
+
+    @property
+    def stored_values(self) -> Tensor | None:
+        """The tensor of stored values as it lies in memory, None for a mask. Not differentiable: see `values()`."""
+        return getattr(self, "inner_" + self.fields[0])
+
+    def like_self(self: L, values: Tensor | None) -> L:
+        """The same layout with other stored values (same shape; any dtype)."""
+        inner = (values, *self.inner_tensors()[1:])
+        dtype = self.dtype if values is None else values.dtype
+        return type(self)(*inner, shape=self.shape, dtype=dtype, **self.static())
+
+    def map_inner(self: L, function: Callable[[Tensor], Tensor], values: Tensor | None) -> L:
+        """The same layout with `function` applied to every tensor but the values, which are given."""
+        rest = [None if t is None else function(t) for t in self.inner_tensors()[1:]]
+        dtype = self.dtype if values is None else values.dtype
+        return type(self)(values, *rest, shape=self.shape, dtype=dtype, **self.static())
+
+    # --- what a layout defines ----------------------------------------------------------------------------------------
+
+    def to_dense_entries(self) -> Tensor:
+        """The plain matrix of this layout, from its inner tensors; need not be differentiable."""
+        raise NotImplementedError(f"{type(self).__name__} defines no to_dense_entries()")
+
+    def sample(self: L, dense: Tensor) -> L:
+        """The entries of `dense` (this layout's shape) that this layout stores, in this layout; not differentiable.
+
+        This one works for any layout: it densifies 1..nnz to learn which stored value is which entry.
+        """
+        values = self.stored_values
+        assert values is not None, "a mask layout samples by its own method"
+        number = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64)
+        place = self.like_self(number.view(values.shape)).to_dense_entries().long().flatten()
+        found = place.new_zeros(values.numel() + 1).scatter_(
+            0, place, torch.arange(place.numel(), device=place.device)
+        )
+        return self.like_self(dense.reshape(-1)[found[1:]].view(values.shape).to(dense.dtype))
+
+    def same_pattern(self, other: LayoutTensor) -> bool:
+        """Whether both store the same entries in the same places. By identity of the index tensors, else by content."""
+        if type(self) is not type(other) or self.shape != other.shape:
+            return False
+        if self.static() != other.static():
+            return False
+        pairs = zip(self.inner_tensors()[1:], other.inner_tensors()[1:], strict=True)
+        return all(same_index(a, b) for a, b in pairs)
+
+    def clear_unstored(self) -> None:
+        """Sets to zero what `values` holds room for but the layout does not store; most layouts have no such room."""
+
+    # --- what every layout has ----------------------------------------------------------------------------------------
+
+    def to_dense(self, dtype: torch.dtype | None = None, *, masked_grad: bool | None = None) -> Tensor:
+        """The plain matrix, differentiable: its gradient is sampled onto this layout.
+
+        >>> import torch, sparse_layouts as sl
+        >>> sl.bsr(torch.eye(32), block_size=16).to_dense().sum()
+        tensor(32.)
+        """
+        from sparse_layouts.layout_autograd import ToDense
+
+        if torch.is_grad_enabled() and self.requires_grad:
+            dense = ToDense.apply(self)
+        else:
+            dense = self.to_dense_entries()
+        return dense if dtype is None else dense.to(dtype)
+
+    @property
+    def nnz(self) -> int:
+        """Stored entries."""
+        values = self.stored_values
+        assert values is not None
+        return values.numel()
+
+    @property
+    def density(self) -> float:
+        """Stored entries over all entries; 0 for a matrix without entries."""
+        return self.nnz / max(1, self.shape.numel())
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes that the tensor keeps alive: values and indices; derived schedules apart, in `cached_bytes`."""
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in self.inner_tensors()
+            if t is not None
+        }
+        return sum(storages.values())
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of what has been derived from the pattern and is kept with it."""
+        return 0
+
+    def prepack(self: L) -> L:
+        """This tensor in the storage order that the device's kernels want; the same tensor where there is no other order."""
+        return self
+
+    def validate(self) -> None:
+        """Raises `ValueError` naming the first broken invariant; a layout adds its own."""
+
+    # --- the machinery ------------------------------------------------------------------------------------------------
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        names = ["inner_" + n for n in self.fields if getattr(self, "inner_" + n) is not None]
+        return names, (type(self), tuple(self.static().items()), self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], context: tuple[Any, ...], outer_size: Any, outer_stride: Any
+    ) -> LayoutTensor:
+        cls, static, dtype = context
+        tensors = [inner.get("inner_" + name) for name in cls.fields]
+        if tensors[0] is not None:
+            dtype = tensors[0].dtype
+        return cls(*tensors, shape=outer_size, dtype=dtype, **dict(static))
+
+    def __coerce_same_metadata_as_tangent__(self, metadata: Any, expected_type: type | None = None) -> Tensor | None:
+        if expected_type is not None and expected_type is torch.Tensor:
+            return self.to_dense_entries()
+        return self if metadata == self.__tensor_flatten__()[1] else None
+
+    @classmethod
+    def keeps(cls, function: Callable[..., Any]) -> bool:
+        """Whether torch's own function, applied to this layout, works on the stored entries and keeps the layout."""
+        return keeps_layout(function)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        if not keeps_layout(func):
+            result = call_route(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+            return fall_back(func, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        handler = handler_of(func)
+        if handler is None:
+            raise NotImplementedError(
+                f"{func} reached a {cls.__name__} below autograd, where only work on stored entries is done. "
+                "Transforms of torch.func and code behind the dispatcher do that: differentiate with respect to dense operands, "
+                "or pass w.to_dense()."
+            )
+        return handler(func, args, {} if kwargs is None else kwargs)
+
+    def __deepcopy__(self: L, memo: dict[int, Any]) -> L:
+        """A copy with values of its own; the pattern, which nothing changes, is shared."""
+        if id(self) in memo:
+            return memo[id(self)]
+        if not self.is_leaf:
+            raise RuntimeError("Only layouts created explicitly by the user support deepcopy; use .detach() first")
+        values = self.stored_values
+        copy = self.like_self(None if values is None else values.detach().clone())
+        copy.requires_grad_(self.requires_grad)
+        memo[id(self)] = copy
+        if getattr(self, "_is_param", False):
+            copy._is_param = True  # type: ignore[attr-defined]
+        if self.grad is not None:
+            copy.grad = self.grad.__deepcopy__(memo)
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        is_parameter = bool(getattr(self, "_is_param", False))
+        inner = tuple(None if t is None else t.detach() for t in self.inner_tensors())
+        return rebuild, (
+            type(self),
+            inner,
+            tuple(self.static().items()),
+            tuple(self.shape),
+            self.dtype,
+            self.requires_grad,
+            is_parameter,
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        shape = ", ".join(map(str, self.shape))
+        text = f"{type(self).__name__}([{shape}], {str(self.dtype).removeprefix('torch.')}, {self.device}"
+        details = "".join(f", {line}" for line in self.describe())
+        grad = ", requires_grad" if self.requires_grad else ""
+        return text + details + grad + ")"
+
+    def describe(self) -> list[str]:
+        """Short facts for the repr."""
+        return [f"density {self.density:.2%}"]
+
+
+def rebuild(
+    cls: type[L],
+    inner: tuple[Tensor | None, ...],
+    static: tuple[tuple[str, Any], ...],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    requires_grad: bool,
+    is_parameter: bool,
+) -> L:
+    """Makes a layout again from what pickle kept of it."""
+    layout = cls(*inner, shape=shape, dtype=dtype, **dict(static))
+    layout.requires_grad_(requires_grad)
+    if is_parameter:
+        layout._is_param = True  # type: ignore[attr-defined]
+    return layout
+
+
+def same_index(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two index tensors hold the same; free when they are one tensor."""
+    if a is b:
+        return True
+    if a is None or b is None or a.shape != b.shape or a.device != b.device:
+        return False
+    return bool(torch.equal(a, b))

@@ -1,0 +1,322 @@
+"""What torch's own functions do to a layout: pointwise work and bookkeeping on its stored entries.
+
+Two levels. Above autograd, :func:`keeps_layout` says which functions may go down as they are, because an entry that is not
+stored, being zero, stays zero, or because they are in-place and cannot change what is stored. Below autograd, `ATEN` does them on the
+values; there any pointwise operator may come (autograd's formulas use them), and entries that are not stored do not matter to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from sparse_layouts.dispatch import Layout
+
+if TYPE_CHECKING:
+    from sparse_layouts.layout_tensor import LayoutTensor
+
+aten = torch.ops.aten
+
+_ZERO_STAYS_ZERO = (
+    "neg negative abs absolute sign sgn sin tan sinh tanh asin arcsin atan arctan asinh arcsinh atanh arctanh "
+    "sqrt expm1 log1p erf floor ceil round trunc fix frac square positive relu deg2rad rad2deg nan_to_num"
+).split()
+_IN_PLACE = (
+    "add_ sub_ mul_ div_ neg_ abs_ sqrt_ rsqrt_ reciprocal_ square_ sign_ exp_ log_ pow_ clamp_ clamp_min_ clamp_max_ relu_ "
+    "tanh_ sigmoid_ addcmul_ addcdiv_ lerp_ masked_fill_ zero_ fill_ copy_ nan_to_num_ __iadd__ __isub__ __imul__ __itruediv__ "
+    "normal_ uniform_ bernoulli_ dropout_"
+).split()
+_BOOKKEEPING = (
+    "detach detach_ clone requires_grad_ retain_grad backward register_hook register_post_accumulate_grad_hook "
+    "size dim ndimension numel nelement stride element_size is_contiguous contiguous is_floating_point is_complex is_same_size "
+    "to cpu cuda float double half bfloat16 type_as pin_memory is_pinned is_shared share_memory_ record_stream "
+    "get_device has_names __len__ __hash__ _has_compatible_shallow_copy_type storage_offset __bool__ is_inference is_conj is_neg "
+    "is_nonzero is_signed is_set_to _is_view _typed_storage untyped_storage data_ptr"
+).split()
+
+
+def _collect() -> frozenset[Any]:
+    kept: set[Any] = set()
+    for name in (*_ZERO_STAYS_ZERO, *_IN_PLACE, *_BOOKKEEPING):
+        for owner in (torch, torch.Tensor, torch.nn.functional, torch.special):
+            found = getattr(owner, name, None)
+            if found is not None:
+                kept.add(found)
+    for name in ("zeros_like", "empty_like", "numel", "is_same_size", "is_floating_point"):
+        kept.add(getattr(torch, name))
+    for name in dir(torch):
+        if name.startswith("_foreach_") or name.startswith("_fused_"):
+            kept.add(getattr(torch, name))
+    kept.add(torch._amp_foreach_non_finite_check_and_unscale_)
+    kept.discard(torch.Tensor.__bool__)
+    kept.discard(torch.Tensor.is_nonzero)
+    return frozenset(kept)
+
+
+_KEPT = _collect()
+# Property reads and writes (w.shape, w.grad = g) are bookkeeping too, but for those that make another tensor.
+_MAKES_TENSOR = frozenset(
+    getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")
+)
+
+
+def keeps_layout(function: Callable[..., Any]) -> bool:
+    """Whether torch's own function may be applied to a layout as it is, to act on its stored entries."""
+    if function in _KEPT:
+        return True
+    name = getattr(function, "__name__", "")
+    return name in ("__get__", "__set__", "__delete__") and function not in _MAKES_TENSOR
+
+
+# --- below autograd ---------------------------------------------------------------------------------------------------
+
+ATEN: dict[Any, Callable[..., Any]] = {}
+
+
+def handles(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers what one or several aten operators do to layouts."""
+
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        for operator in operators:
+            ATEN[operator] = handler
+        return handler
+
+    return register
+
+
+def _first(args: Any) -> LayoutTensor:
+    for value in args:
+        if isinstance(value, Layout):
+            return value  # type: ignore[return-value]
+        if isinstance(value, (tuple, list)):
+            for v in value:
+                if isinstance(v, Layout):
+                    return v  # type: ignore[return-value]
+    raise AssertionError("no layout among the arguments")
+
+
+def _values_of(value: Any, like: LayoutTensor, what: Any) -> Any:
+    """An operand of a pointwise operator in terms of `like`'s stored values; raises for what has entries elsewhere."""
+    if isinstance(value, Layout):
+        other: Any = value
+        if other is not like and not other.same_pattern(like):
+            raise TypeError(
+                f"{what}: the operands store different entries ({other!r} and {like!r}). Sample one onto the other: "
+                "x.to_dense().sparse_mask(w)."
+            )
+        return other.stored_values
+    if isinstance(value, Tensor) and value.dim() > 0:
+        raise TypeError(
+            f"{what}: a dense operand of shape {tuple(value.shape)} has entries that the {type(like).__name__} does not store. "
+            "Sample it first: x.sparse_mask(w)."
+        )
+    return value
+
+
+def pointwise(func: Any, args: Any, kwargs: Any) -> Any:
+    """A pointwise operator, in place or not, on the stored entries."""
+    writes = func._schema.is_mutable
+    target = args[0] if writes and isinstance(args[0], Layout) else None
+    like: Any = target if target is not None else _first((*args, *kwargs.values()))
+    if like.stored_values is None:
+        raise TypeError(f"{func}: a mask layout has no values; take {type(like).__name__}.to(dtype) first")
+    unwrapped = [_values_of(a, like, func) for a in args]
+    named = {k: _values_of(v, like, func) for k, v in kwargs.items()}
+    out = func(*unwrapped, **named)
+    if target is not None:
+        like.clear_unstored()
+        return target
+    result = like.like_self(out)
+    result.clear_unstored()
+    return result
+
+
+@handles(aten.detach.default, aten.alias.default, aten.view_as.default)
+def share(func: Any, args: Any, kwargs: Any) -> Any:
+    """Another layout on the same tensors."""
+    layout = args[0]
+    values = layout.stored_values
+    out = layout.like_self(None if values is None else aten.alias(values))
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+@handles(aten.clone.default, aten.lift_fresh.default, aten.contiguous.default)
+def clone(func: Any, args: Any, kwargs: Any) -> Any:
+    """A layout with values of its own on the same pattern."""
+    values = args[0].stored_values
+    return args[0].like_self(None if values is None else values.clone())
+
+
+@handles(aten._to_copy.default)
+def to_copy(func: Any, args: Any, kwargs: Any) -> Any:
+    """`.to(...)`: the dtype is the values', the device everything's."""
+    layout = args[0]
+    dtype, device = kwargs.get("dtype"), kwargs.get("device")
+    values = layout.stored_values
+    if dtype == torch.bool and values is not None:
+        raise TypeError("a layout's values cannot become bool; w.pattern is the mask of its stored entries")
+    if values is None and dtype not in (None, torch.bool):
+        values = layout.ones(dtype)
+    elif values is not None:
+        values = values.to(dtype=dtype, copy=True)
+    if device is None or torch.device(device) == layout.device:
+        return layout.like_self(values)
+    move = {"device": device, "non_blocking": kwargs.get("non_blocking", False)}
+    values = None if values is None else values.to(**move)
+    return layout.map_inner(lambda t: t.to(**move), values)
+
+
+@handles(aten._pin_memory.default)
+def pin_memory(func: Any, args: Any, kwargs: Any) -> Any:
+    """Pinned host memory for everything."""
+    values = args[0].stored_values
+    return args[0].map_inner(lambda t: t.pin_memory(), None if values is None else values.pin_memory())
+
+
+@handles(aten.is_pinned.default)
+def is_pinned(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether every inner tensor is pinned."""
+    return all(t.is_pinned() for t in args[0].inner_tensors() if t is not None)
+
+
+@handles(aten.zeros_like.default, aten.empty_like.default)
+def zeros_like(func: Any, args: Any, kwargs: Any) -> Any:
+    """A layout of the same pattern, its values all zero (empty_like too: room that is not stored must be zero)."""
+    layout = args[0]
+    dtype, device = kwargs.get("dtype"), kwargs.get("device")
+    values = layout.stored_values
+    if values is None:
+        raise TypeError("zeros_like: a mask layout has no values; an empty mask is mask & ~mask")
+    out = layout.like_self(torch.zeros_like(values, dtype=dtype))
+    return out if device is None else out.to(device)
+
+
+@handles(aten.is_same_size.default)
+def is_same_size(func: Any, args: Any, kwargs: Any) -> bool:
+    """By shape."""
+    return args[0].shape == args[1].shape
+
+
+@handles(aten.copy_.default)
+def copy_(func: Any, args: Any, kwargs: Any) -> Any:
+    """`w.copy_(x)`: takes x's stored entries; raises if anything non-zero would be dropped."""
+    target, source = args[0], args[1]
+    if not isinstance(target, Layout):
+        return func(target, source.to_dense_entries())
+    into: Any = target
+    if isinstance(source, Layout):
+        other: Any = source
+        if not into.same_pattern(other):
+            raise ValueError(
+                f"copy_: {other!r} stores other entries than {into!r}. To take its pattern too, replace the tensor "
+                "(load_state_dict(..., assign=True)); to keep this pattern, sample: x.to_dense().sparse_mask(w)."
+            )
+        if into.stored_values is not None:
+            into.stored_values.copy_(other.stored_values)
+        return target
+    if into.stored_values is None:
+        raise TypeError("copy_: a mask layout has no values to copy into")
+    if source.dim() == 0:
+        into.stored_values.copy_(source)
+        into.clear_unstored()
+        return target
+    taken = into.sample(source.expand(into.shape))
+    if not torch.equal(taken.to_dense_entries(), source.expand(into.shape).to(taken.device)):
+        raise ValueError(
+            f"copy_: the dense tensor has non-zero entries that {into!r} does not store. Drop them knowingly: "
+            "w.copy_(x.sparse_mask(w))."
+        )
+    into.stored_values.copy_(taken.stored_values)
+    return target
+
+
+@handles(
+    aten.zero_.default,
+    aten.fill_.Scalar,
+    aten.fill_.Tensor,
+    aten.normal_.default,
+    aten.uniform_.default,
+    aten.bernoulli_.float,
+)
+def fill(func: Any, args: Any, kwargs: Any) -> Any:
+    """Filling acts on the stored entries."""
+    if args[0].stored_values is None:
+        raise TypeError(f"{func}: a mask layout has no values")
+    func(args[0].stored_values, *args[1:], **kwargs)
+    args[0].clear_unstored()
+    return args[0]
+
+
+@handles(aten.masked_fill_.Scalar, aten.masked_fill_.Tensor)
+def masked_fill_(func: Any, args: Any, kwargs: Any) -> Any:
+    """`w.masked_fill_(mask, value)` on the stored entries; the mask is a layout of the same pattern or dense."""
+    target, mask, value = args
+    if isinstance(mask, Layout):
+        chosen = _values_of(mask, target, func)
+    else:
+        chosen = target.sample(mask.expand(target.shape).to(target.stored_values.dtype)).stored_values.bool()
+    func(target.stored_values, chosen, value)
+    target.clear_unstored()
+    return target
+
+
+@handles(aten.linalg_vector_norm.default)
+def vector_norm(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """A norm over everything: zeros add nothing to it for orders above 0."""
+    order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
+    dim = args[2] if len(args) > 2 else kwargs.get("dim")
+    if dim is not None or order <= 0:
+        raise NotImplementedError(f"vector_norm of a layout: over all entries, with an order above 0; got {order}, {dim}")
+    dtype = kwargs.get("dtype")
+    return func(args[0].stored_values.flatten(), order, dtype=dtype)
+
+
+def over_lists(func: Any, args: Any, kwargs: Any) -> Any:
+    """The foreach and fused forms: every layout of a list is replaced by its values, pattern by pattern."""
+    lead: list[Any] = next(a for a in args if isinstance(a, (list, tuple)) and layouts_of(a))
+    like = [t for t in lead]
+
+    def unwrap(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [
+                _values_of(v, like[i], func) if i < len(like) and isinstance(like[i], Layout) else v
+                for i, v in enumerate(value)
+            ]
+        return value
+
+    out = func(*map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()})
+    if func._schema.is_mutable:
+        for layout in like:
+            if isinstance(layout, Layout):
+                layout.clear_unstored()  # type: ignore[attr-defined]
+        return out if out is None else lead
+    if not isinstance(out, (list, tuple)) or "norm" in func.__name__:
+        return out
+    return [
+        layout.like_self(values) if isinstance(layout, Layout) else values  # type: ignore[attr-defined]
+        for layout, values in zip(like, out, strict=True)
+    ]
+
+
+def layouts_of(values: Any) -> bool:
+    """Whether a list holds a layout."""
+    return any(isinstance(v, Layout) for v in values)
+
+
+_LISTS = ("aten::_foreach_", "aten::_fused_", "aten::_amp_foreach_")
+
+
+def handler_of(operator: Any) -> Callable[..., Any] | None:
+    """What does `operator` on layouts, None if nothing does."""
+    handler = ATEN.get(operator)
+    if handler is not None:
+        return handler
+    if torch.Tag.pointwise in operator.tags:
+        return pointwise
+    if operator._schema.name.startswith(_LISTS):
+        return over_lists
+    return None
