@@ -12,6 +12,8 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 if TYPE_CHECKING:
     from sparse_layouts.dispatch.tracing import Trace
 
@@ -37,10 +39,14 @@ def current() -> Settings:
 
 @contextlib.contextmanager
 def restored(settings: Settings) -> Iterator[None]:
-    """Runs a block under settings captured earlier, on whatever thread."""
+    """Runs a backward pass under settings captured earlier, on whatever thread.
+
+    `torch.autograd.grad` with a layout among its inputs switches `__torch_function__` off around the whole pass; here it is on again.
+    """
     token = _settings.set(settings)
     try:
-        yield
+        with torch._C._EnableTorchFunction():
+            yield
     finally:
         _settings.reset(token)
 

@@ -50,13 +50,36 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def pad_rows(x: Tensor, before: int, total: int, dtype: torch.dtype) -> Tensor:
-    """x (H, N, D) as contiguous (H, total, D) in `dtype`, `before` rows of zeros first; x itself where it is that already."""
+    """x (H, N, D) as contiguous (H, total, D) in `dtype` after `before` rows of zeros; maybe x itself."""
     heads, rows, width = x.shape
-    if rows == total and before == 0:
+    padded = rows != total
+    if not padded and (x.dtype != dtype or x.stride(2) == 1):
         return x.to(dtype).contiguous()
-    out = torch.zeros(heads, total, width, dtype=dtype)
-    out[:, before : before + rows] = x
+    out = (torch.zeros if padded else torch.empty)(heads, total, width, dtype=dtype)
+    for own, source in zip(out, x, strict=True):  # torch transposes fast in two dimensions only
+        own[before : before + rows] = source
     return out
+
+
+def dense_blocks(values: Tensor) -> Tensor:
+    """values (S, bm, bn) with each block in one piece of memory, by rows or by columns."""
+    return values if values.mT.is_contiguous() else values.contiguous()
+
+
+def gather_blocks(
+    scratch: Scratch, name: str, values: Tensor, step: Step, dtype: torch.dtype
+) -> Tensor:
+    """The blocks of a step of block rows, side by side, (T, bm, L * bn), from :func:`dense_blocks`."""
+    assert step.slots is not None
+    _, bm, bn = values.shape
+    tiles, by_rows = step.tiles.shape[0], values.is_contiguous()
+    source = values if by_rows else values.mT
+    blocks = scratch.take(name + " blocks", values.dtype, step.slots.shape[0], *source.shape[1:])
+    torch.index_select(source, 0, step.slots, out=blocks)
+    if not by_rows:
+        return scratch.cast(name, blocks.view(tiles, -1, bm), dtype).mT
+    out = scratch.take(name, dtype, tiles, bm, step.length, bn)
+    return out.copy_(blocks.view(tiles, -1, bm, bn).transpose(1, 2)).flatten(2)
 
 
 def add_masks(scores: Tensor, plan: Schedule, step: Step) -> None:
@@ -76,20 +99,8 @@ def clear_masked(scores: Tensor, plan: Schedule, step: Step) -> None:
         by_block_row[first:last, :, :, start:end].masked_fill_(unstored, 0.0)
 
 
-def load_blocks(
-    scratch: Scratch, name: str, values: Tensor, step: Step, dtype: torch.dtype
-) -> Tensor:
-    """The blocks of values (S, bm, bn) of a step of block rows, side by side: (T, bm, L * bn)."""
-    assert step.slots is not None
-    _, bm, bn = values.shape
-    tiles = step.tiles.shape[0]
-    out = scratch.take(name, dtype, tiles, bm, step.length, bn)
-    blocks = values.index_select(0, step.slots).view(tiles, step.length, bm, bn)
-    return out.copy_(blocks.transpose(1, 2)).flatten(2)
-
-
 def store_blocks(values: Tensor, rows: Tensor, step: Step) -> None:
-    """Writes what :func:`load_blocks` returns back into values (S, bm, bn)."""
+    """Writes rows (T, bm, L * bn), blocks side by side, into values (S, bm, bn)."""
     assert step.slots is not None
     _, bm, bn = values.shape
     blocks = rows.view(-1, bm, step.length, bn).transpose(1, 2).to(values.dtype)

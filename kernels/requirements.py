@@ -44,3 +44,12 @@ def triton_blocks(facts: Facts) -> str | None:
     if facts.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"takes float16, bfloat16, float32 and float64, not {facts.dtype}"
     return triton(facts) or _power_of_two_blocks(facts)
+
+
+def triton_attention(facts: Facts) -> str | None:
+    """As `triton`, and blocks that are powers of two from 16, in fp16, bf16 or fp32, head sizes up to 256."""
+    if facts.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"takes float16, bfloat16 and float32, not {facts.dtype}"
+    if facts.head_dim > MAX_HEAD_DIM:
+        return f"takes head sizes up to {MAX_HEAD_DIM}, not {facts.head_dim}"
+    return triton(facts) or _power_of_two_blocks(facts)

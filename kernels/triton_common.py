@@ -1,4 +1,4 @@
-"""What the Triton kernels on lists of blocks share: bit tiles, precision, shared memory, and what they require."""
+"""What the Triton kernels on lists of blocks share: bit tiles, precision, what they require."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCK_SIZES = [(64, 64), (16, 16), (32, 32), (128, 128), (16, 64), (64, 16), (12
 
 @triton.jit
 def stored_bits(tiles_ptr, tile, rows, columns, BM: tl.constexpr, BN: tl.constexpr):
-    """Whether the entries (rows, columns) of a block are stored; `tile` is 0 for a full block, t for `tiles[t - 1]`."""
+    """Whether a block stores (rows, columns); `tile` is 0 for a full block, else one of `tiles`."""
     WORDS: tl.constexpr = (BN + 31) // 32
     words = ((tile.to(tl.int64) - 1) * BM + rows) * WORDS + columns // 32
     words = tl.load(tiles_ptr + words, mask=tile > 0, other=-1)
@@ -34,7 +34,7 @@ def block_requirements(
     dtype: torch.dtype,
     block_size: tuple[int, int],
 ) -> str | None:
-    """Why these kernels cannot run, or None: `capability` is (major, minor) of a CUDA device, None elsewhere."""
+    """Why these kernels cannot run, or None; `capability` is a CUDA device's (major, minor)."""
     if device_type != "cuda":
         return f"needs a CUDA device, got {device_type}"
     if capability is None or tuple(capability) < (8, 0):
@@ -52,11 +52,14 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def fitting_stages(stages: int, buffers: int, buffer_bytes: int, device: torch.device) -> int:
-    """`stages`, which keep so many buffers, less what the device's shared memory (99 to 227 KiB) does not hold."""
+def fitting_stages(
+    stages: int, stages_per_buffer: int, buffer_bytes: int, device: torch.device
+) -> int:
+    """`stages`, or as many as the device's shared memory (99 to 227 KiB a program) has room for."""
     if device.type != "cuda":
         return stages
-    return max(1, stages - max(0, buffers - (_shared_bytes(device) - 1024) // buffer_bytes))
+    room = (_shared_bytes(device) - 1024) // buffer_bytes
+    return max(1, min(stages, room * stages_per_buffer))
 
 
 @functools.cache
@@ -67,7 +70,7 @@ def _shared_bytes(device: torch.device) -> int:
 def kernel_signature(
     kernel: Any, pointers: dict[str, str], constexprs: dict[str, Any]
 ) -> dict[str, str]:
-    """The type of every argument for an ahead-of-time compilation: pointers as given, strides int64, sizes int32."""
+    """The type of every argument to compile for: pointers as given, strides int64, sizes int32."""
 
     def kind(name: str) -> str:
         if name in constexprs:

@@ -43,6 +43,8 @@ from sparse_layouts.sparsifiers import Magnitude
 # the ops, last: importing them registers their routes and kernels
 from sparse_layouts import layout_routes  # noqa: F401  isort: skip
 from sparse_layouts.kernels import block_matmul as _block_matmul  # noqa: F401  isort: skip
+from sparse_layouts.kernels import block_softmax as _block_softmax  # noqa: F401  isort: skip
+from sparse_layouts.kernels.block_attention import attention  # isort: skip
 from sparse_layouts.kernels.sddmm import sddmm  # isort: skip
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "LayoutTensor",
     "LocalStrideTensor",
     "Magnitude",
+    "attention",
     "bsr",
     "bsr_mask",
     "causal",

@@ -52,6 +52,8 @@ def _collect() -> frozenset[Any]:
         if name.startswith("_foreach_") or name.startswith("_fused_"):
             kept.add(getattr(torch, name))
     kept.add(torch._amp_foreach_non_finite_check_and_unscale_)
+    # Both look at their arguments' __torch_function__; densified inputs would silently get no gradient.
+    kept.update((torch.autograd.grad, torch.autograd.backward))
     kept.discard(torch.Tensor.__bool__)
     kept.discard(torch.Tensor.is_nonzero)
     return frozenset(kept)

@@ -78,7 +78,7 @@ def attention_backward_columns(
     heads, group, num_groups, num_tiles, row_offset, num_queries, num_keys, head_dim, value_dim,
     scale, threshold, keep_scale,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PHASES: tl.constexpr = 2,
 ):  # fmt: skip
     """dk and dv of one tile of TN keys of one key head: its query heads in order, each head's rows in order."""
     GATHER: tl.constexpr = TM // BM if TM > BM else 1
@@ -134,53 +134,56 @@ def attention_backward_columns(
             base = tl.load(bias_base_ptr + batch * stride_base + head)
             bias_head += batch64 * stride_bias_b + base * stride_bias_slot
         terms = (batch64 * heads + head) * num_queries
-        # where the next tile lies is loaded one step ahead: its own load would wait for it
-        next_blocks = slot_blocks(columns_ptr, start, offs_m, BM, TM)
-        for j in tl.range(0, total, num_stages=STAGES):
-            first = start + j // PARTS * GATHER
-            part = j % PARTS
-            blocks = next_blocks
-            next_blocks = slot_blocks(columns_ptr, start + (j + 1) // PARTS * GATHER, offs_m, BM, TM)
-            rows = slot_positions(blocks, part, offs_m, BM, TM)  # [TM], in the mask
-            query = rows - row_offset
-            mask_m = (query >= 0) & (query < num_queries)
-            if TMA:
-                first_query = blocks * BM + part * TM - row_offset
-                q_tile = q.load([batch, head, first_query, 0]).reshape([TM, D])
-                dout_tile = dout.load([batch, head, first_query, 0]).reshape([TM, DV])
-            else:
-                mask_q = mask_m[:, None] & (offs_d < head_dim)[None, :]
-                mask_g = mask_m[:, None] & (offs_dv < value_dim)[None, :]
-                query64 = query.to(tl.int64)[:, None]
-                q_tile = tl.load(q_head + query64 * stride_qm + (offs_d * stride_qd)[None, :], mask=mask_q, other=0.0)
-                dout_tile = tl.load(
-                    dout_head + query64 * stride_gm + (offs_dv * stride_gd)[None, :], mask=mask_g, other=0.0
-                )
-            lse2 = tl.load(lse2_ptr + terms + query, mask=mask_m, other=float("inf"))
-            delta = tl.load(delta_ptr + terms + query, mask=mask_m, other=0.0)
-            s = tl.dot(k_tile, q_tile.T, input_precision=PRECISION) * scale2  # [TN, TM]
-            if bias_ptr is not None:
-                position = tl.load(positions_ptr + slot_index(first, offs_r, offs_m, BN, BM, TN, TM))
-                bias_ptrs = bias_head + position.to(tl.int64) * stride_bias_slot
-                bias_ptrs += ((offs_r % BN) * stride_bias_n)[:, None]
-                bias_ptrs += (((part * TM + offs_m) % BM) * stride_bias_m)[None, :]
-                s += tl.load(bias_ptrs, mask=position >= 0, other=0.0).to(tl.float32) * LOG2E
-            p = tl.math.exp2(s - lse2[None, :])
-            if j >= plain:
-                if log_counts_ptr is not None:
-                    p *= tl.math.exp2(tl.load(log_counts_ptr + slot_index(first, offs_r, offs_m, BN, BM, TN, TM)))
-                live = stored_entries(block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_m, BN, BM, TN, TM)
-                # what is not stored may have overflowed
-                p = tl.where(live & mask_m[None, :], p, 0.0)
-            dp = tl.dot(v_tile, dout_tile.T, input_precision=PRECISION)  # [TN, TM]
-            kept = p
-            if DROPOUT:
-                keep = dropout_keep(seed, threshold, batch, head, rows, columns4, TM, TN).T
-                kept = tl.where(keep, p * keep_scale, 0.0)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-            dv = tl.dot(kept.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
-            ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+        for masked in tl.static_range(PHASES):
+            lo = plain if masked else 0
+            hi = plain if PHASES == 2 and not masked else total
+            # where the next tile lies is loaded one step ahead: its own load would wait for it
+            next_blocks = slot_blocks(columns_ptr, start + lo // PARTS * GATHER, offs_m, BM, TM)
+            for j in tl.range(lo, hi, num_stages=STAGES):
+                first = start + j // PARTS * GATHER
+                part = j % PARTS
+                blocks = next_blocks
+                next_blocks = slot_blocks(columns_ptr, start + (j + 1) // PARTS * GATHER, offs_m, BM, TM)
+                rows = slot_positions(blocks, part, offs_m, BM, TM)  # [TM], in the mask
+                query = rows - row_offset
+                mask_m = (query >= 0) & (query < num_queries)
+                if TMA:
+                    first_query = blocks * BM + part * TM - row_offset
+                    q_tile = q.load([batch, head, first_query, 0]).reshape([TM, D])
+                    dout_tile = dout.load([batch, head, first_query, 0]).reshape([TM, DV])
+                else:
+                    mask_q = mask_m[:, None] & (offs_d < head_dim)[None, :]
+                    mask_g = mask_m[:, None] & (offs_dv < value_dim)[None, :]
+                    query64 = query.to(tl.int64)[:, None]
+                    q_tile = tl.load(q_head + query64 * stride_qm + (offs_d * stride_qd)[None, :], mask=mask_q, other=0.0)
+                    dout_tile = tl.load(
+                        dout_head + query64 * stride_gm + (offs_dv * stride_gd)[None, :], mask=mask_g, other=0.0
+                    )
+                lse2 = tl.load(lse2_ptr + terms + query, mask=mask_m, other=float("inf"))
+                delta = tl.load(delta_ptr + terms + query, mask=mask_m, other=0.0)
+                s = tl.dot(k_tile, q_tile.T, input_precision=PRECISION) * scale2  # [TN, TM]
+                if bias_ptr is not None:
+                    position = tl.load(positions_ptr + slot_index(first, offs_r, offs_m, BN, BM, TN, TM))
+                    bias_ptrs = bias_head + position.to(tl.int64) * stride_bias_slot
+                    bias_ptrs += ((offs_r % BN) * stride_bias_n)[:, None]
+                    bias_ptrs += (((part * TM + offs_m) % BM) * stride_bias_m)[None, :]
+                    s += tl.load(bias_ptrs, mask=position >= 0, other=0.0).to(tl.float32) * LOG2E
+                p = tl.math.exp2(s - lse2[None, :])
+                if masked if PHASES == 2 else j >= plain:
+                    if log_counts_ptr is not None:
+                        p *= tl.math.exp2(tl.load(log_counts_ptr + slot_index(first, offs_r, offs_m, BN, BM, TN, TM)))
+                    live = stored_entries(block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_m, BN, BM, TN, TM)
+                    # what is not stored may have overflowed
+                    p = tl.where(live & mask_m[None, :], p, 0.0)
+                dp = tl.dot(v_tile, dout_tile.T, input_precision=PRECISION)  # [TN, TM]
+                kept = p
+                if DROPOUT:
+                    keep = dropout_keep(seed, threshold, batch, head, rows, columns4, TM, TN).T
+                    kept = tl.where(keep, p * keep_scale, 0.0)
+                    dp = tl.where(keep, dp * keep_scale, 0.0)
+                dv = tl.dot(kept.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
+                ds = p * (dp - delta[None, :])
+                dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     dk_ptrs = dk_ptr + batch64 * stride_dkb + kv_head64 * stride_dkh
     dk_ptrs += keys64 * stride_dkn + (offs_d * stride_dkd)[None, :]
     tl.store(dk_ptrs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask_k)
@@ -201,7 +204,7 @@ def attention_backward_rows(
     heads, group, num_groups, num_tiles, first_tile, row_offset, num_queries, num_keys, head_dim, value_dim,
     scale, threshold, keep_scale,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PHASES: tl.constexpr = 2,
 ):  # fmt: skip
     """dq of one tile of TM rows of one head, laid out as in the forward, and the gradient of the bias there."""
     GATHER: tl.constexpr = TN // BN if TN > BN else 1
@@ -257,52 +260,55 @@ def attention_backward_rows(
     scale2 = scale * LOG2E
 
     dq = tl.zeros([TM, D], tl.float32)
-    next_blocks = slot_blocks(columns_ptr, start, offs_n, BN, TN)
-    for j in tl.range(0, total, num_stages=STAGES):
-        first = start + j // PARTS * GATHER
-        part = j % PARTS
-        blocks = next_blocks
-        next_blocks = slot_blocks(columns_ptr, start + (j + 1) // PARTS * GATHER, offs_n, BN, TN)
-        keys = slot_positions(blocks, part, offs_n, BN, TN)  # [TN]
-        mask_n = (keys >= 0) & (keys < num_keys)
-        if TMA:
-            first_key = blocks * BN + part * TN
-            k_tile = k.load([batch, kv_head, first_key, 0]).reshape([TN, D])
-            v_tile = v.load([batch, kv_head, first_key, 0]).reshape([TN, DV])
-        else:
-            mask_k = mask_n[:, None] & (offs_d < head_dim)[None, :]
-            mask_v = mask_n[:, None] & (offs_dv < value_dim)[None, :]
-            keys64 = keys.to(tl.int64)[:, None]
-            k_tile = tl.load(k + keys64 * stride_kn + (offs_d * stride_kd)[None, :], mask=mask_k, other=0.0)
-            v_tile = tl.load(v + keys64 * stride_vn + (offs_dv * stride_vd)[None, :], mask=mask_v, other=0.0)
-        s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) * scale2  # [TM, TN]
-        if bias_ptr is not None:
-            position = tl.load(positions_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN))
-            in_row = offs_r % BM
-            in_column = (part * TN + offs_n) % BN
-            bias_ptrs = bias_ptr + position.to(tl.int64) * stride_bias_slot
-            bias_ptrs += (in_row * stride_bias_m)[:, None] + (in_column * stride_bias_n)[None, :]
-            s += tl.load(bias_ptrs, mask=position >= 0, other=0.0).to(tl.float32) * LOG2E
-        p = tl.math.exp2(s - lse2[:, None])
-        if j >= plain:
-            if log_counts_ptr is not None:
-                p *= tl.math.exp2(tl.load(log_counts_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN)))
-            live = stored_entries(block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_n, BM, BN, TM, TN)
-            # what is not stored may have overflowed
-            p = tl.where(live & mask_n[None, :], p, 0.0)
-        dp = tl.dot(dout_tile, v_tile.T, input_precision=PRECISION)  # [TM, TN]
-        if DROPOUT:
-            offs4 = tl.arange(0, TN // 4) * 4
-            columns4 = slot_positions(slot_blocks(columns_ptr, first, offs4, BN, TN), part, offs4, BN, TN) // 4
-            keep = dropout_keep(seed, threshold, batch, head, offs_m, columns4, TM, TN)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-        ds = p * (dp - delta[:, None])
-        if dbias_ptr is not None:
-            dbias_ptrs = dbias_ptr + position.to(tl.int64) * (BM * BN)
-            dbias_ptrs += (in_row * BN)[:, None] + in_column[None, :]
-            mask_b = (position >= 0) & mask_m[:, None]
-            tl.store(dbias_ptrs, ds.to(dbias_ptr.dtype.element_ty), mask=mask_b)
-        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+    for masked in tl.static_range(PHASES):
+        lo = plain if masked else 0
+        hi = plain if PHASES == 2 and not masked else total
+        next_blocks = slot_blocks(columns_ptr, start + lo // PARTS * GATHER, offs_n, BN, TN)
+        for j in tl.range(lo, hi, num_stages=STAGES):
+            first = start + j // PARTS * GATHER
+            part = j % PARTS
+            blocks = next_blocks
+            next_blocks = slot_blocks(columns_ptr, start + (j + 1) // PARTS * GATHER, offs_n, BN, TN)
+            keys = slot_positions(blocks, part, offs_n, BN, TN)  # [TN]
+            mask_n = (keys >= 0) & (keys < num_keys)
+            if TMA:
+                first_key = blocks * BN + part * TN
+                k_tile = k.load([batch, kv_head, first_key, 0]).reshape([TN, D])
+                v_tile = v.load([batch, kv_head, first_key, 0]).reshape([TN, DV])
+            else:
+                mask_k = mask_n[:, None] & (offs_d < head_dim)[None, :]
+                mask_v = mask_n[:, None] & (offs_dv < value_dim)[None, :]
+                keys64 = keys.to(tl.int64)[:, None]
+                k_tile = tl.load(k + keys64 * stride_kn + (offs_d * stride_kd)[None, :], mask=mask_k, other=0.0)
+                v_tile = tl.load(v + keys64 * stride_vn + (offs_dv * stride_vd)[None, :], mask=mask_v, other=0.0)
+            s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) * scale2  # [TM, TN]
+            if bias_ptr is not None:
+                position = tl.load(positions_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN))
+                in_row = offs_r % BM
+                in_column = (part * TN + offs_n) % BN
+                bias_ptrs = bias_ptr + position.to(tl.int64) * stride_bias_slot
+                bias_ptrs += (in_row * stride_bias_m)[:, None] + (in_column * stride_bias_n)[None, :]
+                s += tl.load(bias_ptrs, mask=position >= 0, other=0.0).to(tl.float32) * LOG2E
+            p = tl.math.exp2(s - lse2[:, None])
+            if masked if PHASES == 2 else j >= plain:
+                if log_counts_ptr is not None:
+                    p *= tl.math.exp2(tl.load(log_counts_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN)))
+                live = stored_entries(block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_n, BM, BN, TM, TN)
+                # what is not stored may have overflowed
+                p = tl.where(live & mask_n[None, :], p, 0.0)
+            dp = tl.dot(dout_tile, v_tile.T, input_precision=PRECISION)  # [TM, TN]
+            if DROPOUT:
+                offs4 = tl.arange(0, TN // 4) * 4
+                columns4 = slot_positions(slot_blocks(columns_ptr, first, offs4, BN, TN), part, offs4, BN, TN) // 4
+                keep = dropout_keep(seed, threshold, batch, head, offs_m, columns4, TM, TN)
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            ds = p * (dp - delta[:, None])
+            if dbias_ptr is not None:
+                dbias_ptrs = dbias_ptr + position.to(tl.int64) * (BM * BN)
+                dbias_ptrs += (in_row * BN)[:, None] + in_column[None, :]
+                mask_b = (position >= 0) & mask_m[:, None]
+                tl.store(dbias_ptrs, ds.to(dbias_ptr.dtype.element_ty), mask=mask_b)
+            dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     dq_ptrs = dq_ptr + batch64 * stride_dqb + head64 * stride_dqh
     dq_ptrs += query64 * stride_dqm + (offs_d * stride_dqd)[None, :]
     tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_q)
@@ -544,7 +550,7 @@ def compilations() -> Iterator[Compilation]:
         ):
             if case.tma and case.block < length:
                 continue
-            constexprs = case.absent() | flags | {"TMA": case.tma, "STAGES": tiles.num_stages}
+            constexprs = case.absent() | flags | {"TMA": case.tma, "STAGES": tiles.num_stages, "PHASES": 2}
             constexprs |= {"TM": tiles.rows, "TN": tiles.columns}
             if not case.bias and kernel is attention_backward_rows:
                 constexprs |= {"dbias_ptr": None, "dbias_base_ptr": None}

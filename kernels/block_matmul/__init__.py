@@ -20,6 +20,7 @@ from sparse_layouts.dispatch import Facts, Use, current, facts_of, register_kern
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.block_matmul import reference
 from sparse_layouts.layout_autograd import as_layout
+from sparse_layouts.layout_routes import transpose_blocks
 
 OP = "block_matmul"
 register_kernel(
@@ -123,7 +124,7 @@ class BlockMatmul(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dlayout = as_layout(sddmm_summed(grad, x.mT, layout), layout)
             if ctx.needs_input_grad[1]:
-                dx = product(layout.mT, grad).sum_to_size(x.shape)
+                dx = product(transpose_blocks(layout, -2, -1), grad).sum_to_size(x.shape)
         return dlayout, dx, None
 
 

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from sparse_layouts.block_pattern import BlockPattern
-from sparse_layouts.kernels.cpu_common import Scratch, pad_rows, product_dtype
+from sparse_layouts.kernels.cpu_common import (
+    Scratch,
+    dense_blocks,
+    gather_blocks,
+    pad_rows,
+    product_dtype,
+)
 from sparse_layouts.kernels.cpu_schedule import row_schedule
 
 # Columns of x in one pass, and entries of x that a step gathers (2 MB in fp32): what stays in cache (EPYC 9004, 2026-11-20).
@@ -30,25 +36,25 @@ def block_matmul(
         return out
     scratch = Scratch()
     width = min(n, CHUNK)
-    direct = not transposed_output and width == n and m == mb * bm and x.dtype == low
     plan = row_schedule(p, STEP_ENTRIES // width, low)
     for b in range(batch):
-        blocks = values[b % values.shape[0]]
+        blocks = dense_blocks(values[b % values.shape[0]])
         for start in range(0, n, width):
-            own = x[b % x.shape[0], ..., start : start + width]
-            size = own.shape[-1]
-            rows = pad_rows(own, 0, nb * bn, low).view(patterns * nb, bn * size)
-            whole = out[b] if direct else torch.zeros(patterns, mb * bm, size, dtype=low)
-            out_rows = whole.view(patterns * mb, bm * size)
+            size = min(width, n - start)
+            x_rows = pad_rows(x[b % x.shape[0], ..., start : start + size], 0, nb * bn, low)
+            x_rows = x_rows.view(patterns * nb, bn * size)
+            target = out[b, ..., start : start + size]
+            direct = m == mb * bm and x.dtype == low and target.is_contiguous()
+            whole = target if direct else torch.zeros(patterns, mb * bm, size, dtype=low)
+            out_rows = whole.view(patterns * mb, bm, size)
             for step in plan.steps:
                 tiles, columns = step.tiles.shape[0], step.length * bn
-                w = blocks.index_select(0, step.slots).view(tiles, step.length, bm, bn)
-                w_tile = scratch.take("w", low, tiles, bm, step.length, bn)
-                w_tile.copy_(w.transpose(1, 2))
-                x_tile = scratch.gather("x", rows, step.columns, tiles, columns, size)
+                w_tile = gather_blocks(scratch, "w", blocks, step, low)
+                x_tile = scratch.gather("x", x_rows, step.columns, tiles, columns, size)
                 out_tile = scratch.take("out", low, tiles, bm, size)
-                torch.bmm(w_tile.view(tiles, bm, columns), x_tile, out=out_tile)
-                out_rows.index_copy_(0, step.tiles, out_tile.view(tiles, -1))
+                torch.bmm(w_tile, x_tile, out=out_tile)
+                out_rows.index_copy_(0, step.tiles, out_tile)
             if not direct:
-                out[b, ..., start : start + size] = whole[:, :m]
+                for own, made in zip(target, whole, strict=True):  # in two dimensions: see pad_rows
+                    own.copy_(made[:m])
     return out

@@ -12,7 +12,8 @@ from sparse_layouts.kernels.cpu_common import (
     add_masks,
     clear_edge,
     clear_masked,
-    load_blocks,
+    dense_blocks,
+    gather_blocks,
     score_dtype,
     store_blocks,
 )
@@ -29,8 +30,9 @@ def block_softmax(values: Tensor, pattern: BlockPattern, *, log: bool = False) -
     plan = row_schedule(p, max(1, STEP_SCORES // p.block_size[0]), high)
     tiny, lowest = torch.finfo(high).tiny, torch.finfo(high).min
     for b in range(values.shape[0]):
+        blocks = dense_blocks(values[b])
         for step in plan.steps:
-            scores = load_blocks(scratch, "scores", values[b], step, high)  # [T, BM, C]
+            scores = gather_blocks(scratch, "scores", blocks, step, high).contiguous()  # [T, BM, C]
             scores.mul_(LOG2_E)
             add_masks(scores, plan, step)
             # A row of -inf keeps a finite maximum: its probabilities are then 0, not NaN.
@@ -59,9 +61,10 @@ def block_softmax_backward(
     scratch = Scratch()
     plan = row_schedule(p, max(1, STEP_SCORES // p.block_size[0]), high)
     for b in range(grad.shape[0]):
+        g_blocks, o_blocks = dense_blocks(grad[b]), dense_blocks(out[b])
         for step in plan.steps:
-            g = load_blocks(scratch, "g", grad[b], step, high)  # [T, BM, C]
-            o = load_blocks(scratch, "o", out[b], step, high)
+            g = gather_blocks(scratch, "g", g_blocks, step, high).contiguous()  # [T, BM, C]
+            o = gather_blocks(scratch, "o", o_blocks, step, high).contiguous()
             clear_masked(g, plan, step)
             if log:
                 g.sub_(o.exp_().mul_(g.sum(-1, keepdim=True)))

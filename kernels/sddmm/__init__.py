@@ -18,7 +18,8 @@ from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.dispatch import Facts, Use, current, facts_of, register_kernel, restored, route, run
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.sddmm import reference
-from sparse_layouts.layout_autograd import as_layout, with_values
+from sparse_layouts.layout_autograd import as_layout, values_of, with_values
+from sparse_layouts.layout_routes import transpose_blocks
 
 OP = "sddmm"
 register_kernel(
@@ -85,7 +86,7 @@ class SDDMM(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 da = product(grad, b.mT).sum_to_size(a.shape)
             if ctx.needs_input_grad[1]:
-                db = product(grad.mT, a, True).sum_to_size(b.shape)
+                db = product(transpose_blocks(grad, -2, -1), a, True).mT.sum_to_size(b.shape)
         return da, db, None
 
 
@@ -165,7 +166,6 @@ def sddmm_summed(a: Tensor, b: Tensor, layout: BSRTensor) -> BSRTensor:
         return out
     values = out.inner_values
     assert values is not None and layout.inner_values is not None
-    from sparse_layouts.layout_autograd import values_of
 
     return with_values(layout, values_of(out).sum_to_size(layout.inner_values.shape))  # type: ignore[return-value]
 

@@ -1,0 +1,350 @@
+"""block_attention: softmax(scale * q @ k.mT + bias, over the entries that a mask stores) @ v, without the scores in memory.
+
+Reached through `F.scaled_dot_product_attention(attn_mask=mask)` and, for what that has no argument for, `sl.attention`. Gradients to
+q, k, v and the bias; the logsumexp is an output with a gradient of its own. Backward recomputes the probabilities tile by tile.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparse_layouts import opaque
+from sparse_layouts.block_pattern import BlockPattern
+from sparse_layouts.bsr_tensor import BSRTensor
+from sparse_layouts.dispatch import Facts, Use, current, facts_of, register_kernel, restored, route, run
+from sparse_layouts.kernels import requirements
+from sparse_layouts.kernels.block_attention import heads, reference
+from sparse_layouts.kernels.block_attention.checks import check_attention
+from sparse_layouts.layout_autograd import as_layout
+
+OP, BACKWARD = "block_attention", "block_attention_backward"
+_HERE = "sparse_layouts.kernels.block_attention"
+register_kernel(OP, "triton", f"{_HERE}.triton_forward:{OP}", requirements.triton_attention)
+register_kernel(OP, "cpu", f"{_HERE}.cpu:{OP}", requirements.cpu)
+register_kernel(BACKWARD, "triton", f"{_HERE}.triton_backward:{BACKWARD}", requirements.triton_attention)
+register_kernel(BACKWARD, "cpu", f"{_HERE}.cpu_backward:{BACKWARD}", requirements.cpu)
+
+
+def facts(q: Tensor, v: Tensor, block_size: tuple[int, int]) -> Facts:
+    """What the choice of a kernel depends on."""
+    return facts_of(q, block_size=block_size, head_dim=max(q.shape[-1], v.shape[-1]))
+
+
+def _dense_bytes(q: Tensor, k: Tensor) -> int:
+    # the scores and the probabilities, in fp32 (fp64 for fp64)
+    return 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * max(4, q.element_size())
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    bias: Tensor | None,
+    bias_base: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return run(
+        OP,
+        facts(q, v, pattern.block_size),
+        reference.block_attention,
+        _dense_bytes(q, k),
+        q,
+        k,
+        v,
+        pattern,
+        heads.list_of_head(pattern, q.shape[1]),
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        bias=bias,
+        bias_base=bias_base,
+    )
+
+
+def _shape(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, *rest: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=dtype)
+
+
+def _launch_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    bias: Tensor | None,
+    bias_base: Tensor | None,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    own = heads.OwnSlots(None, 0)
+    if bias is not None and bias_gradient:
+        own = heads.own_slots(pattern, q.shape[1])
+    dq, dk, dv, dbias = run(
+        BACKWARD,
+        facts(q, v, pattern.block_size),
+        reference.block_attention_backward,
+        2 * _dense_bytes(q, k),
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        pattern,
+        heads.list_of_head(pattern, q.shape[1]),
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        bias=bias,
+        bias_base=bias_base,
+        dbias_base=own.base,
+        dbias_blocks=own.blocks,
+    )
+    if dbias is None or bias is None:
+        return dq, dk, dv, q.new_empty(0)
+    assert bias_base is not None
+    return dq, dk, dv, heads.sum_shared(dbias, bias, bias_base, pattern, q.shape[1])
+
+
+def _shape_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bias, wanted = rest[-3], rest[-1]
+    dbias = torch.empty_like(bias) if bias is not None and wanted else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+
+
+block_attention_op = opaque.define(
+    OP,
+    "Tensor q, Tensor k, Tensor v, {pattern}, float scale, float dropout_p, Tensor? seed, Tensor? bias, Tensor? bias_base",
+    _launch,
+    _shape,
+    "(Tensor, Tensor)",
+)
+block_attention_backward_op = opaque.define(
+    BACKWARD,
+    "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {pattern}, float scale, float dropout_p, "
+    "Tensor? seed, Tensor? bias, Tensor? bias_base, bool bias_gradient",
+    _launch_backward,
+    _shape_backward,
+    "(Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+class BlockAttention(torch.autograd.Function):
+    """`(out, lse)`; q, k, v are 4-D, the bias a layout on the mask's blocks or None."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: BSRTensor | None,
+        mask: BSRTensor,
+        scale: float,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        pattern = mask.block_pattern
+        values, base = heads.bias_arguments(bias, mask, q.shape[1])
+        return block_attention_op(q, k, v, pattern, scale, dropout_p, seed, values, base)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        q, k, v, bias, mask, ctx.scale, ctx.dropout_p, seed = inputs
+        ctx.save_for_backward(q, k, v, bias, mask, seed, *output)
+        ctx.set_materialize_grads(False)
+        ctx.settings = current()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
+        q, k, v, bias, mask, seed, out, lse = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * 8
+        if dout is None:
+            dout = torch.zeros_like(out)
+        wants_bias = bias is not None and ctx.needs_input_grad[3]
+        with restored(ctx.settings):
+            values, base = heads.bias_arguments(bias, mask, q.shape[1])
+            dq, dk, dv, dbias = block_attention_backward_op(
+                dout,
+                dlse,
+                q,
+                k,
+                v,
+                out,
+                lse,
+                mask.block_pattern,
+                ctx.scale,
+                ctx.dropout_p,
+                seed,
+                values,
+                base,
+                wants_bias,
+            )
+            grad_bias = heads.bias_gradient(dbias, bias) if wants_bias else None
+        return dq, dk, dv, as_layout(grad_bias, bias) if wants_bias else None, None, None, None, None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BSRTensor,
+    scale: float | None,
+    dropout_p: float,
+    bias: BSRTensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` of checked operands, 2-D to 4-D, differentiable."""
+    scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
+    shape = q.shape[:-1]
+    q, k, v = (t[(None,) * (4 - t.dim())] for t in (q, k, v))
+    batch = max(q.shape[0], k.shape[0], v.shape[0]) if min(q.shape[0], k.shape[0], v.shape[0]) else 0
+    q, k, v = (t if t.shape[0] == batch else t.expand(batch, *t.shape[1:]) for t in (q, k, v))
+    seed = None
+    if dropout_p:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    wanted = any(t is not None and t.requires_grad for t in (q, k, v, bias))
+    if torch.is_grad_enabled() and wanted:
+        out, lse = BlockAttention.apply(q, k, v, bias, mask, scale, dropout_p, seed)
+    else:
+        out, lse = BlockAttention.forward(q, k, v, bias, mask, scale, dropout_p, seed)
+    if len(shape) < 3:
+        return out.view(*shape, v.shape[-1]), lse.view(shape)
+    return out, lse
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    device = q.device.type
+    if not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _uses(q: Tensor, k: Tensor, v: Tensor, mask: BSRTensor) -> list[Use]:
+    own = facts(q, v, mask.block_size)
+    uses = [Use("forward", OP, own)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        uses.append(Use("gradients", BACKWARD, own))
+    return uses
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BSRTensor,
+    *,
+    scale: float | None = None,
+    bias: BSRTensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Any:
+    """Attention of q to the keys that `mask` stores, with what torch's `scaled_dot_product_attention` has no argument for.
+
+    q (B, H, Nq, D), k (B, Hkv, Nk, D), v (B, Hkv, Nk, Dv), any strides; Hkv divides H, query head h reads KV head h // (H // Hkv).
+    Leading dimensions may be left out ((H, N, D), (N, D)). `mask` (M, Nk), (H, M, Nk), (Hkv, M, Nk) or with a leading (B) or 1, M >= Nq:
+    fewer queries than the mask has rows are its last ones. `scale`: 1 / sqrt(D) by default. `bias`: a layout of scores on the
+    mask's blocks, e.g. `sl.sddmm(a, b, mask)`, added after scaling, with gradient. `dropout_p` drops probabilities, by torch's generator.
+
+    Returns out (B, H, Nq, Dv) in q's dtype, with `return_lse` also the natural logsumexp (B, H, Nq), fp32 (fp64 for fp64), differentiable.
+    A query that attends to nothing gives 0 and -inf. Deterministic. Raises `TypeError` and `ValueError` for operands that do not fit.
+
+    >>> import torch, sparse_layouts as sl
+    >>> q = k = v = torch.randn(1, 2, 100, 16)
+    >>> out, lse = sl.attention(q, k, v, sl.causal(100, block_size=32), return_lse=True)
+    >>> out.shape, lse.shape
+    (torch.Size([1, 2, 100, 16]), torch.Size([1, 2, 100]))
+    """
+    check_attention("attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale)
+    q, k, v = _autocast(q, k, v)
+    if bias is not None and bias.dtype != q.dtype:
+        bias = bias.to(q.dtype)
+    out, lse = attend(q, k, v, mask, scale, dropout_p, bias)
+    return (out, lse) if return_lse else out
+
+
+def uses_of_attention(q: Tensor, k: Tensor, v: Tensor, mask: BSRTensor, **options: Any) -> list[Use]:
+    """For `sl.explain`."""
+    checked = {n: options.get(n) for n in ("bias", "scale")}
+    check_attention("attention", q, k, v, mask, dropout_p=options.get("dropout_p", 0.0), **checked)
+    return _uses(*_autocast(q, k, v), mask)
+
+
+attention.__explain__ = uses_of_attention  # type: ignore[attr-defined]
+
+
+def uses_of_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: BSRTensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """For `sl.explain`."""
+    if not attn_mask.is_mask:
+        return NotImplemented
+    _check_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return _uses(*_autocast(query, key, value), attn_mask)
+
+
+def _check_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BSRTensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> None:
+    what = "scaled_dot_product_attention"
+    if is_causal:
+        raise ValueError(
+            f"{what}: attn_mask and is_causal=True exclude each other; make the mask causal: mask & sl.causal(N, block_size=...)"
+        )
+    check_attention(what, q, k, v, mask, dropout_p=dropout_p, scale=scale, exact_rows=True)
+    if not enable_gqa and q.dim() > 2 and q.shape[-3] != k.shape[-3]:
+        raise ValueError(
+            f"{what}: {q.shape[-3]} query heads and {k.shape[-3]} KV heads need enable_gqa=True"
+        )
+
+
+@route(F.scaled_dot_product_attention, attn_mask=BSRTensor, uses=uses_of_sdpa)
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: BSRTensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """SDPA with a block mask; a layout of floats is an additive mask whose missing entries are 0, as dense: the fallback."""
+    if not attn_mask.is_mask:
+        return NotImplemented
+    _check_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    query, key, value = _autocast(query, key, value)
+    return attend(query, key, value, attn_mask, scale, dropout_p)[0]
