@@ -33,16 +33,24 @@ _DEFAULT = Settings()
 
 
 def current() -> Settings:
-    """The settings in force here."""
+    """The settings in force here; the defaults while torch.compile traces (kernels are chosen when its code runs)."""
+    if torch.compiler.is_dynamo_compiling():
+        return _DEFAULT
     return _settings.get(_DEFAULT)
 
 
-@contextlib.contextmanager
-def restored(settings: Settings) -> Iterator[None]:
+def restored(settings: Settings) -> contextlib.AbstractContextManager[None]:
     """Runs a backward pass under settings captured earlier, on whatever thread.
 
     `torch.autograd.grad` with a layout among its inputs switches `__torch_function__` off around the whole pass; here it is on again.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return contextlib.nullcontext()
+    return _restored(settings)
+
+
+@contextlib.contextmanager
+def _restored(settings: Settings) -> Iterator[None]:
     token = _settings.set(settings)
     try:
         with torch._C._EnableTorchFunction():

@@ -20,12 +20,19 @@ class Scratch:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        """A contiguous tensor with what was last written under this name."""
+        """A contiguous tensor that holds what was last written under this name, if it fits."""
         size = math.prod(shape)
         buffer = self._buffers.get((name, dtype))
-        if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype)
-        return buffer[:size].view(shape)
+        if buffer is None:
+            buffer = self._buffers[name, dtype] = torch.empty(shape, dtype=dtype)
+            return buffer
+        if buffer.shape == shape:
+            return buffer
+        if buffer.numel() < size:
+            # Room to grow: the steps' sizes differ a little, and each new buffer is new memory.
+            buffer = torch.empty(max(size, buffer.numel() * 5 // 4), dtype=dtype)
+            self._buffers[name, dtype] = buffer
+        return buffer.view(-1)[:size].view(shape)
 
     def gather(self, name: str, source: Tensor, index: Tensor, *shape: int) -> Tensor:
         """Rows `index` of a matrix, as `shape`."""

@@ -245,6 +245,11 @@ def _expand_heads(p: BlockPattern) -> BlockPattern:
     starts, ends = p.crow_indices[head_map, 0], p.crow_indices[head_map, -1]
     lengths = (ends - starts).long()
     bases = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    if not type(p.col_indices) is Tensor:
+        raise NotImplementedError(
+            "heads that share a pattern must be given lists of their own before torch.compile traces values onto them: "
+            "mask = mask.own_heads()"
+        )
     total = int(bases[-1])  # one host sync, once a pattern
     crow = (p.crow_indices[head_map] - starts[:, None] + bases[:-1, None]).int()
     head = torch.arange(lead, device=p.device).repeat_interleave(lengths, output_size=total)

@@ -292,6 +292,12 @@ class BSRTensor(LayoutTensor):
         if mask is not None and bool((values.masked_fill(mask, 0) != 0).any()):
             raise ValueError("values: an entry that the pattern does not store is not 0 (inside a partial block or over the edge)")
 
+    def own_heads(self) -> Self:
+        """The same layout with lists of its own for every head, also where heads are equal (values need that)."""
+        return type(self).on_pattern(
+            self.inner_values, expand_heads(self.block_pattern), **self.own_static()
+        )
+
     def transposed(self) -> BSRTensor:
         """The transposed layout: values shared (a view), row and column lists exchanged."""
         values = self.inner_values

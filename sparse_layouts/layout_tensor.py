@@ -208,6 +208,11 @@ class LayoutTensor(torch.Tensor, Layout):
             dtype = tensors[0].dtype
         return cls(*tensors, shape=outer_size, dtype=dtype, **dict(static))
 
+    def _stable_hash_for_caching(self) -> str:
+        """What torch's compile cache tells layouts apart by: everything that traced code depends on."""
+        names, (cls, static, dtype) = self.__tensor_flatten__()
+        return f"{cls.__module__}.{cls.__qualname__} {names} {static} {dtype}"
+
     def __coerce_same_metadata_as_tangent__(self, metadata: Any, expected_type: type | None = None) -> Tensor | None:
         if expected_type is not None and expected_type is torch.Tensor:
             return self.to_dense_entries()

@@ -21,7 +21,6 @@ from sparse_layouts.dispatch import Facts, Use, current, facts_of, register_kern
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.block_attention import heads, reference
 from sparse_layouts.kernels.block_attention.checks import check_attention
-from sparse_layouts.layout_autograd import as_layout
 
 OP, BACKWARD = "block_attention", "block_attention_backward"
 _HERE = "sparse_layouts.kernels.block_attention"
@@ -200,7 +199,7 @@ class BlockAttention(torch.autograd.Function):
                 wants_bias,
             )
             grad_bias = heads.bias_gradient(dbias, bias) if wants_bias else None
-        return dq, dk, dv, as_layout(grad_bias, bias) if wants_bias else None, None, None, None, None
+        return dq, dk, dv, grad_bias, None, None, None, None
 
 
 def attend(

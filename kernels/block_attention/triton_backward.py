@@ -78,7 +78,7 @@ def attention_backward_columns(
     heads, group, num_groups, num_tiles, row_offset, num_queries, num_keys, head_dim, value_dim,
     scale, threshold, keep_scale,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PHASES: tl.constexpr = 2,
+    D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PHASES: tl.constexpr = 2, FOLD: tl.constexpr = False,
 ):  # fmt: skip
     """dk and dv of one tile of TN keys of one key head: its query heads in order, each head's rows in order."""
     GATHER: tl.constexpr = TM // BM if TM > BM else 1
@@ -113,6 +113,7 @@ def attention_backward_columns(
     if DROPOUT:
         seed = tl.load(seed_ptr)
     scale2 = scale * LOG2E
+    inv_scale2 = 1.0 / scale2
 
     dk = tl.zeros([TN, D], tl.float32)
     dv = tl.zeros([TN, DV], tl.float32)
@@ -161,28 +162,41 @@ def attention_backward_columns(
                     )
                 lse2 = tl.load(lse2_ptr + terms + query, mask=mask_m, other=float("inf"))
                 delta = tl.load(delta_ptr + terms + query, mask=mask_m, other=0.0)
-                s = tl.dot(k_tile, q_tile.T, input_precision=PRECISION) * scale2  # [TN, TM]
+                if FOLD:
+                    s = tl.zeros([TN, TM], tl.float32) - (lse2 * inv_scale2)[None, :]
+                    s = tl.dot(k_tile, q_tile.T, s, input_precision=PRECISION) * scale2  # [TN, TM]
+                else:
+                    s = tl.dot(k_tile, q_tile.T, input_precision=PRECISION) * scale2  # [TN, TM]
                 if bias_ptr is not None:
                     position = tl.load(positions_ptr + slot_index(first, offs_r, offs_m, BN, BM, TN, TM))
                     bias_ptrs = bias_head + position.to(tl.int64) * stride_bias_slot
                     bias_ptrs += ((offs_r % BN) * stride_bias_n)[:, None]
                     bias_ptrs += (((part * TM + offs_m) % BM) * stride_bias_m)[None, :]
                     s += tl.load(bias_ptrs, mask=position >= 0, other=0.0).to(tl.float32) * LOG2E
-                p = tl.math.exp2(s - lse2[None, :])
+                if FOLD:
+                    p = tl.math.exp2(s)
+                else:
+                    p = tl.math.exp2(s - lse2[None, :])
                 if masked if PHASES == 2 else j >= plain:
                     if log_counts_ptr is not None:
                         p *= tl.math.exp2(tl.load(log_counts_ptr + slot_index(first, offs_r, offs_m, BN, BM, TN, TM)))
                     live = stored_entries(block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_m, BN, BM, TN, TM)
                     # what is not stored may have overflowed
                     p = tl.where(live & mask_m[None, :], p, 0.0)
-                dp = tl.dot(v_tile, dout_tile.T, input_precision=PRECISION)  # [TN, TM]
+                if FOLD:
+                    dp = tl.dot(v_tile, dout_tile.T, tl.zeros([TN, TM], tl.float32) - delta[None, :], input_precision=PRECISION)
+                else:
+                    dp = tl.dot(v_tile, dout_tile.T, input_precision=PRECISION)  # [TN, TM]
                 kept = p
                 if DROPOUT:
                     keep = dropout_keep(seed, threshold, batch, head, rows, columns4, TM, TN).T
                     kept = tl.where(keep, p * keep_scale, 0.0)
                     dp = tl.where(keep, dp * keep_scale, 0.0)
                 dv = tl.dot(kept.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
-                ds = p * (dp - delta[None, :])
+                if FOLD:
+                    ds = p * dp
+                else:
+                    ds = p * (dp - delta[None, :])
                 dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     dk_ptrs = dk_ptr + batch64 * stride_dkb + kv_head64 * stride_dkh
     dk_ptrs += keys64 * stride_dkn + (offs_d * stride_dkd)[None, :]

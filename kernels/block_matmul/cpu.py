@@ -55,6 +55,7 @@ def block_matmul(
                 torch.bmm(w_tile, x_tile, out=out_tile)
                 out_rows.index_copy_(0, step.tiles, out_tile)
             if not direct:
-                for own, made in zip(target, whole, strict=True):  # in two dimensions: see pad_rows
-                    own.copy_(made[:m])
+                # torch transposes fast in two dimensions only, into contiguous memory.
+                for own, made in zip(target, whole, strict=True):
+                    own.mT.copy_(made[:m].mT)
     return out

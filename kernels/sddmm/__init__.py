@@ -130,6 +130,13 @@ def sddmm(a: Tensor, b: Tensor, mask: BSRTensor) -> BSRTensor:
     >>> sl.sddmm(q, k.mT, sl.causal(64, block_size=16)).shape
     torch.Size([2, 64, 64])
     """
+    if torch.compiler.is_dynamo_compiling():
+        # a torch function stays one node of the graph; this one would be traced line by line
+        return torch.sparse.sampled_addmm(mask, a, b, beta=0)  # type: ignore[return-value]
+    return _sddmm(a, b, mask)
+
+
+def _sddmm(a: Tensor, b: Tensor, mask: BSRTensor) -> BSRTensor:
     check(a, b, mask)
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return SDDMM.apply(a, b, mask.detach())
@@ -161,7 +168,7 @@ def sddmm_summed(a: Tensor, b: Tensor, layout: BSRTensor) -> BSRTensor:
         b = b.expand(*outer, *b.shape[-2:]).flatten(0, extra - 1)
         a = a.movedim(0, -2).flatten(-2)  # (*layout's, M, R * K)
         b = b.movedim(0, -3).flatten(-3, -2)
-    out = sddmm(a, b, layout)
+    out = _sddmm(a, b, layout)
     if out.shape == layout.shape:
         return out
     values = out.inner_values
@@ -173,7 +180,7 @@ def sddmm_summed(a: Tensor, b: Tensor, layout: BSRTensor) -> BSRTensor:
 @route(torch.sparse.sampled_addmm, input=BSRTensor)
 def sampled_addmm(input: BSRTensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> BSRTensor:
     """`torch.sparse.sampled_addmm`: `beta * input + alpha * (mat1 @ mat2)` at input's entries."""
-    out = sddmm(mat1, mat2, input)
+    out = _sddmm(mat1, mat2, input)
     out = out if alpha == 1 else out * alpha
     if beta == 0 or input.is_mask:
         return out
