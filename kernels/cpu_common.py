@@ -14,7 +14,10 @@ LOG2_E = math.log2(math.e)
 
 
 class Scratch:
-    """Buffers that a call reuses from step to step: fresh memory would cost more in page faults than the arithmetic on it."""
+    """Buffers that a call reuses from step to step.
+
+    Fresh memory would cost more in page faults than the arithmetic on it.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -52,12 +55,12 @@ def score_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which dtype probabilities enter a product: bf16 has products of its own on the CPU, fp16 gains nothing there."""
+    """In which dtype operands enter a product: the CPU has products in bf16, none in fp16."""
     return dtype if dtype == torch.bfloat16 else score_dtype(dtype)
 
 
 def pad_rows(x: Tensor, before: int, total: int, dtype: torch.dtype) -> Tensor:
-    """x (H, N, D) as contiguous (H, total, D) in `dtype` after `before` rows of zeros; maybe x itself."""
+    """x (H, N, D) as contiguous (H, total, D) in `dtype` after `before` rows of zeros; maybe x."""
     heads, rows, width = x.shape
     padded = rows != total
     if not padded and (x.dtype != dtype or x.stride(2) == 1):
@@ -76,7 +79,10 @@ def dense_blocks(values: Tensor) -> Tensor:
 def gather_blocks(
     scratch: Scratch, name: str, values: Tensor, step: Step, dtype: torch.dtype
 ) -> Tensor:
-    """The blocks of a step of block rows, side by side, (T, bm, L * bn), from :func:`dense_blocks`."""
+    """The blocks of a step of block rows, side by side: (T, bm, L * bn).
+
+    `values` (S, bm, bn) come from :func:`dense_blocks`; the result is contiguous if they are.
+    """
     assert step.slots is not None
     _, bm, bn = values.shape
     tiles, by_rows = step.tiles.shape[0], values.is_contiguous()

@@ -1,12 +1,14 @@
-"""Schedules of the CPU kernels: which tiles gather which block columns, which are stacked, and what masks they need.
+"""Schedules of the CPU kernels: which tiles gather which block columns, and what masks they need.
 
-A tile is `group` neighbouring block rows of one head (or pattern): it gathers the union of their block columns once. Tiles with
-equally many columns are stacked into one batched product, a step. Within a tile the columns are ordered so that those that need
-no mask come first, then those where whole blocks are dead or counted, then those that are masked by token.
+A tile is `group` neighbouring block rows of one head (or pattern): it gathers the union of their
+block columns once. Tiles with equally many columns are stacked into one batched product, a step.
+Within a tile the columns that need no mask come first, then those where whole blocks are dead or
+counted, then those that are masked by token.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +17,8 @@ from torch import Tensor
 
 from sparse_layouts.block_pattern import BlockPattern, derived, entry_rows, tile_table
 
-# Scores of one step: 2 MB in fp32, the most that stays in the caches of two cores (EPYC 9004, 2026-11-20).
+# Scores of one step, 2 MB in fp32: what stays in the caches of two cores (EPYC 9004, attention of
+# 8 heads, 4096 tokens, head size 64, local-stride in blocks of 64, 2026-11-20).
 STEP_SCORES = 2**19
 
 
@@ -36,7 +39,7 @@ class Step(NamedTuple):
     ---|---|---
     `tiles` | (T,) | head * num_tiles + tile
     `columns` | (T * L,) | kv_head * Nb + block column
-    `positions` | (T, group, L) or None | where a block stands in its pattern's row lists, counted from the pattern's first; -1: dead
+    `positions` | (T, group, L) or None | place in the pattern's own row lists; -1: a dead block
     `slots` | (T * L,) or None | of a schedule of block rows: where the blocks lie in `values`
     """
 
@@ -51,8 +54,9 @@ class Step(NamedTuple):
 class Schedule(NamedTuple):
     """All steps of the heads of one sample.
 
-    A tile has `rows` rows, the mask's rows from `(first_tile + tile) * group * bm + crop` on. `masks` are terms of the scores
-    in base 2, (group, bm or 1, columns): -inf where nothing is stored, log2(count) elsewhere.
+    A tile has `rows` rows, the mask's rows from `(first_tile + tile) * group * bm + crop` on.
+    `masks` are terms of the scores in base 2, (group, bm or 1, columns): -inf where nothing is
+    stored, log2(count) elsewhere.
     """
 
     group: int
@@ -85,7 +89,7 @@ def attention_schedule(
     dtype: torch.dtype,
     with_positions: bool,
 ) -> Schedule:
-    """The schedule of one sample's attention; `head_map` (H,) int32 on the CPU, masks in `dtype`."""
+    """The schedule of one sample's attention; `head_map` (H,) int32, masks in `dtype`."""
     p, heads = pattern, head_map.numpy()
 
     def build() -> Schedule:
@@ -95,7 +99,8 @@ def attention_schedule(
         first = offset // (group * bm)
         plan = Schedule(group, group * bm, 0, first, -(-mb // group) - first, (), ())
         if plan.num_tiles == group == 1 and not with_positions:
-            # A few queries inside one block row: only their rows are computed. (A bias is added by whole blocks.)
+            # A few queries inside one block row: only their rows are computed.
+            # A bias is added by whole blocks.
             plan = plan._replace(rows=num_queries, crop=offset - first * bm)
         kv_group = len(heads) // num_kv_heads
         return _add_steps(p, plan, heads, kv_group, STEP_SCORES // plan.rows, dtype, with_positions)
@@ -104,10 +109,16 @@ def attention_schedule(
     return derived(p, key, build)
 
 
-def row_schedule(pattern: BlockPattern, columns_per_step: int, dtype: torch.dtype) -> Schedule:
-    """The schedule of a layout with values: tiles are the block rows of its patterns, a step gathers at most about
-    `columns_per_step` columns, and steps know their slots."""
+def row_schedule(
+    pattern: BlockPattern, columns_per_step: int, dtype: torch.dtype = torch.float32
+) -> Schedule:
+    """The schedule of a layout with values: tiles are block rows, and steps know their slots.
+
+    A step gathers up to `columns_per_step` columns, or one tile. Masks in `dtype`.
+    """
     p = pattern
+    # Rounded down to a power of two: few schedules, however many widths an operand has in turn.
+    columns_per_step = 1 << max(columns_per_step.bit_length() - 1, 0)
 
     def build() -> Schedule:
         mb = p.grid[0]
@@ -159,7 +170,7 @@ def _add_steps(
         ids = tiles.mask_ids[which]
         edges = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
         runs = []
-        for first, last in zip(edges[:-1], edges[1:], strict=True):
+        for first, last in itertools.pairwise(edges):
             if ids[first] < 0:
                 continue
             codes = tiles.codes[ids[first]]
@@ -197,7 +208,7 @@ def _add_steps(
 def _mask(
     p: BlockPattern, codes: Tensor, by_token: bool, dtype: torch.dtype, plan: Schedule
 ) -> Tensor:
-    """The mask (group, bm or 1, columns * bn) of the kinds `codes` (columns, group), cut to the tile's rows."""
+    """The mask (group, bm or 1, columns * bn) of kinds `codes` (columns, group), by tile rows."""
     table, _ = derived(p, "cpu_kinds", lambda: _kinds(p))
     blocks = table[codes.T] if by_token else table[codes.T, :1]  # (group, columns, bm or 1, bn)
     mask = blocks.transpose(1, 2).flatten(2)
@@ -207,9 +218,9 @@ def _mask(
 
 
 def _kinds(p: BlockPattern) -> tuple[Tensor, np.ndarray]:
-    """`(table, codes)`: what each kind of block adds to scores in base 2, (kinds, bm, bn) fp64, and the kind of each row list entry.
+    """What each kind of block adds to scores in base 2, (kinds, bm, bn) fp64, and kinds by entry.
 
-    Kind 0 adds nothing, the last kind is a block that is not stored.
+    Entries are those of the row lists. Kind 0 adds nothing, the last kind is a dead block.
     """
     (_, n), (_, bn), (_, nb) = p.shape, p.block_size, p.grid
     entries = p.num_blocks
@@ -272,7 +283,7 @@ def _build_tiles(p: BlockPattern, group: int) -> _Tiles:
 
 
 def _choose_group(p: BlockPattern) -> int:
-    """How many block rows share a tile: the number that makes one sample's forward cheapest, by measured costs."""
+    """How many block rows share a tile: what makes the forward cheapest, by measured costs."""
     (bm, bn), (mb, nb) = p.block_size, p.grid
     row = entry_rows(p.crow_indices, p.num_blocks).numpy()
     which, row = row // max(mb, 1), row % max(mb, 1)
@@ -289,5 +300,8 @@ def _choose_group(p: BlockPattern) -> int:
 
 
 def _column_ns(rows: int) -> float:
-    """Nanoseconds for one gathered column of a tile with `rows` rows, head size 64 (two cores of an EPYC 9004, fp32, 2026-11-20)."""
-    return 9.0 + 1.8 * rows + 14.0
+    """Nanoseconds for one column of a tile with `rows` rows: gathering it, and its scores.
+
+    Fitted on two cores of an EPYC 9004, fp32, head size 64, 2026-11-20.
+    """
+    return 15.0 + 1.8 * rows

@@ -29,8 +29,8 @@ def densify(values: Tensor, pattern: BlockPattern) -> Tensor:
         values = values[:, p.row_slots.long()]
     out = values.new_zeros(values.shape[0], p.num_patterns * mb * nb, bm, bn)
     out = out.index_copy(1, cells(p), values)
-    out = out.view(-1, p.num_patterns, mb, nb, bm, bn).transpose(3, 4)
-    return out.reshape(-1, p.num_patterns, mb * bm, nb * bn)[..., :m, :n]
+    out = out.view(values.shape[0], p.num_patterns, mb, nb, bm, bn).transpose(3, 4)
+    return out.reshape(values.shape[0], p.num_patterns, mb * bm, nb * bn)[..., :m, :n]
 
 
 def gather(dense: Tensor, pattern: BlockPattern) -> Tensor:
@@ -40,7 +40,7 @@ def gather(dense: Tensor, pattern: BlockPattern) -> Tensor:
     (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
     if (m, n) != (mb * bm, nb * bn):
         dense = torch.nn.functional.pad(dense, (0, nb * bn - n, 0, mb * bm - m))
-    blocks = dense.reshape(-1, p.num_patterns, mb, bm, nb, bn)
+    blocks = dense.reshape(dense.shape[0], p.num_patterns, mb, bm, nb, bn)
     where = cells(p)
     if p.row_slots is not None:
         where = torch.empty_like(where).index_copy(0, p.row_slots.long(), where)

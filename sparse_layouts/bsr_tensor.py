@@ -126,14 +126,14 @@ class BSRTensor(LayoutTensor):
             head_map = self.block_pattern.head_map
             return (each if head_map is None else each[head_map.long()]).reshape(self.shape)
         values = self.inner_values
-        flat = values.reshape(-1, *values.shape[-3:])
+        flat = values.reshape(math.prod(values.shape[:-3]), *values.shape[-3:])
         return densify(flat, self.block_pattern).reshape(self.shape)
 
     def sample(self, dense: Tensor) -> Self:
         """The entries of `dense` (this layout's shape, or with other leading batch dimensions) that are stored here."""
         p = expand_heads(self.block_pattern)
         batch = dense.shape[: dense.dim() - 2 - self.lead_dims]
-        values = gather(dense.reshape(-1, p.num_patterns, *p.shape), p)
+        values = gather(dense.reshape(math.prod(batch), p.num_patterns, *p.shape), p)
         return self.like_self(values.view(*batch, *values.shape[1:]))
 
     def ones(self, dtype: torch.dtype) -> Tensor:
@@ -232,7 +232,7 @@ class BSRTensor(LayoutTensor):
             values = _mask_values(p)
         values = values.detach()
         batch = values.shape[:-3]
-        flat = values.reshape(-1, *values.shape[-3:])
+        flat = values.reshape(math.prod(batch), *values.shape[-3:])
 
         def one(b: int, lead: int) -> Any:
             which = lead if p.head_map is None else int(p.head_map[lead])
@@ -264,7 +264,8 @@ class BSRTensor(LayoutTensor):
         (m, n), (mb, nb) = self.block_pattern.shape, self.block_pattern.grid
         bm, bn = self.block_size
         if (m, n) == (mb * bm, nb * bn):
-            return torch.sparse_bsr_tensor(crow, col, values.contiguous(), size=(m, n))
+            values = values.contiguous()
+            return torch.sparse_bsr_tensor(crow, col, values, size=(m, n), check_invariants=False)
         rows = torch.arange(mb, device=crow.device).repeat_interleave(crow.diff().long())
         keep = values != 0
         at = keep.nonzero(as_tuple=True)

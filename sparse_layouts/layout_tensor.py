@@ -18,16 +18,16 @@ class LayoutTensor(torch.Tensor, Layout):
     """A matrix that stores part of its entries, as a `torch.Tensor`; what is not stored is zero (False in a mask).
 
     A subclass names its tensors in `fields` (each is kept as attribute `inner_<name>`; the first one holds the values,
-    its dtype is the layout's) and its other metadata, hashable and static, in `static_fields`, and defines `to_dense_entries`
-    (the plain matrix) and, to be made from one, a classmethod `from_dense`. Every torch function then works, by the dense fallback;
-    `@sl.route(torch.mm, input=MyLayout)` adds a sparse one. Construction: `MyLayout(*tensors, shape=..., **static)`.
+    its dtype is the layout's) and its other metadata, hashable and static, in `static_fields`. It writes `to_dense` (the plain matrix from
+    its tensors; the base makes it differentiable) and, to be made from one, a classmethod `from_dense`. Every torch function then
+    works, by the dense fallback; `@sl.route(torch.mm, input=MyLayout)` adds a sparse one. Construction: `MyLayout(*tensors, shape=..., **static)`.
 
     Gradients come in the same layout. Transforms of `torch.func` with respect to a layout raise: they hide the subclass.
 
     >>> import torch, sparse_layouts as sl
     >>> class Diagonal(sl.LayoutTensor):
     ...     fields = ("entries",)
-    ...     def to_dense_entries(self):
+    ...     def to_dense(self):
     ...         return torch.diag(self.inner_entries)
     >>> d = Diagonal(torch.tensor([1.0, 2.0]), shape=(2, 2))
     >>> @sl.route(torch.mm, input=Diagonal)
@@ -82,6 +82,9 @@ class LayoutTensor(torch.Tensor, Layout):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "to_dense" in cls.__dict__:  # a layout's own: the differentiable one of the base calls it
+            cls.to_dense_entries = cls.__dict__["to_dense"]  # type: ignore[method-assign]
+            del cls.to_dense
         torch.serialization.add_safe_globals([cls, rebuild])
 
     def inner_tensors(self) -> tuple[Tensor | None, ...]:
@@ -112,8 +115,8 @@ class LayoutTensor(torch.Tensor, Layout):
     # --- what a layout defines ----------------------------------------------------------------------------------------
 
     def to_dense_entries(self) -> Tensor:
-        """The plain matrix of this layout, from its inner tensors; need not be differentiable."""
-        raise NotImplementedError(f"{type(self).__name__} defines no to_dense_entries()")
+        """The plain matrix from the inner tensors, not differentiable: what a layout writes as `to_dense`."""
+        raise NotImplementedError(f"{type(self).__name__} defines no to_dense()")
 
     def sample(self: L, dense: Tensor) -> L:
         """The entries of `dense` (this layout's shape) that this layout stores, in this layout; not differentiable.

@@ -260,19 +260,20 @@ def document(
         )
     n = int(ends[0]) if ends.numel() else 0
     nb = -(-n // b)
+    blocked = (host.shape[0], nb, b)
     documents = _document_of_token(host, n, nb * b)  # (B, nb * b): over the edge, the last token's
     starts = host.gather(1, documents)
     stops = host.gather(1, documents + 1)
-    first = starts.view(-1, nb, b)[:, :, 0] // b
+    first = starts.view(blocked)[:, :, 0] // b
     last = torch.arange(nb).expand_as(first)
     if not causal:
-        last = (stops.view(-1, nb, b)[:, :, -1] - 1) // b
+        last = (stops.view(blocked)[:, :, -1] - 1) // b
 
     def segments(on: torch.device) -> list[tuple[Tensor, int, Tensor]]:
         return [(first.to(on), 1, (last - first + 1).to(on))]
 
     crow, col = from_progressions(segments, device=device)
-    ids, tiles = _document_tiles(crow, col, documents.to(device).view(-1, nb, b), b, causal)
+    ids, tiles = _document_tiles(crow, col, documents.to(device).view(blocked), b, causal)
     head_map = None
     made = build_pattern(
         crow, col, shape=(n, n), block_size=(b, b), lead=lead, head_map=head_map, block_tiles=ids, tiles=tiles

@@ -1,4 +1,4 @@
-"""block_attention's forward on the CPU: batches of query tiles against gathered blocks of keys and values."""
+"""block_attention's forward on the CPU: stacked query tiles against gathered keys and values."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def query_range(plan: Schedule, pattern: BlockPattern, num_queries: int) -> tupl
 
 
 def bias_slots(step: Step, plan: Schedule, base: Tensor) -> Tensor:
-    """The slots (T, group, L) of a step's blocks from `base` (H,); negative or foreign where `positions` is -1."""
+    """The slots (T, group, L) of a step's blocks, from `base` (H,); meaningless if dead."""
     assert step.positions is not None
     heads = step.tiles.div(plan.num_tiles, rounding_mode="floor")
     return base[heads][:, None, None] + step.positions
 
 
 def add_bias(scores: Tensor, plan: Schedule, step: Step, bias: Tensor, base: Tensor) -> None:
-    """Adds bias (Sb, bm, bn) in base 2 to scores (T, R, C); where no block is stored it adds some other block's."""
+    """Adds bias (Sb, bm, bn) in base 2 to scores (T, R, C); dead blocks get some other block's."""
     _, bm, bn = bias.shape
     slots = bias_slots(step, plan, base).clamp_(min=0)
     blocks = bias.index_select(0, slots.flatten())
@@ -76,8 +76,9 @@ def block_attention(
     bias: Tensor | None = None,
     bias_base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(out, lse)` as the reference's `block_attention` defines them; memory for one step of tiles beyond copies of the operands.
+    """`(out, lse)` as the reference's `block_attention` defines them.
 
+    Takes memory for one step of tiles, and for copies of operands that are not contiguous or fp32.
     bf16: scores in fp32, so that large ones keep their digits, and the second product in bf16.
     """
     (batch, heads, nq, _), (kv_heads, _, dv) = q.shape, v.shape[1:]

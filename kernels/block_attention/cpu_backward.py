@@ -1,4 +1,4 @@
-"""block_attention's backward on the CPU: the forward's steps again, gradients of keys and values added block by block."""
+"""block_attention's backward on the CPU: the forward's steps, dk and dv added up block by block."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def block_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`(dq, dk, dv, dbias)` as the reference's `block_attention_backward` defines them.
 
-    With P the probabilities and Z what dropout keeps over 1 - p: dv = (P Z)^T do, dS = P (Z do v^T - rowsum(do o) + dlse),
-    dq = scale dS k, dk = scale dS^T q. bf16: P and dS are made in fp32 and rounded once, for their products; dk and dv add up in fp32.
+    With P the probabilities and Z what dropout keeps, over 1 - p: dv = (P Z)^T do,
+    dS = P (Z do v^T - rowsum(do o) + dlse), dq = scale dS k, dk = scale dS^T q.
+    bf16: P and dS are made in fp32 and rounded once, for their products; dk and dv add up in fp32.
     """
     (batch, heads, nq, d), (kv_heads, nk, dv_size) = q.shape, v.shape[1:]
     high, low = score_dtype(q.dtype), product_dtype(q.dtype)
-    dq, dk, dv = torch.zeros(q.shape, dtype=q.dtype), torch.zeros(k.shape, dtype=k.dtype), None
-    dv = torch.zeros(v.shape, dtype=v.dtype)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
     dbias = None
     if bias is not None and dbias_base is not None:
         samples = 1 if dbias_base.shape[0] > 1 else batch

@@ -28,6 +28,7 @@ from sparse_layouts.kernels.block_attention.triton_common import (
     slot_index,
     slot_positions,
     stored_entries,
+    terms_descriptor,
     tile_descriptor,
     tma_ready,
     unsupported,
@@ -35,12 +36,12 @@ from sparse_layouts.kernels.block_attention.triton_common import (
 )
 
 
-@triton.jit(do_not_specialize=["heads", "num_queries", "num_rows"])
+@triton.jit(do_not_specialize=["stride_terms", "heads", "num_queries", "num_rows"])
 def attention_row_terms(
     out_ptr, dout_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr,
     stride_ob, stride_oh, stride_om, stride_od, stride_gb, stride_gh, stride_gm, stride_gd,
     stride_lb, stride_lh, stride_lm, stride_db, stride_dh, stride_dm,
-    heads, num_queries, num_rows, value_dim,
+    stride_terms, heads, num_queries, num_rows, value_dim,
     ROWS: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """Per query: lse in base 2 (+inf for a row without entries, so that exp2 gives 0) and rowsum(dout * out) - dlse."""
@@ -62,11 +63,12 @@ def attention_row_terms(
         dlse_ptrs = dlse_ptr + batch * stride_db + head * stride_dh + query * stride_dm
         delta -= tl.load(dlse_ptrs, mask=mask_m, other=0.0)
     empty = lse == float("-inf")
-    tl.store(lse2_ptr + row, tl.where(empty, float("inf"), lse * 1.4426950408889634), mask=mask_m)
-    tl.store(delta_ptr + row, tl.where(empty, 0.0, delta), mask=mask_m)
+    terms = (batch * heads + head) * stride_terms + query
+    tl.store(lse2_ptr + terms, tl.where(empty, float("inf"), lse * 1.4426950408889634), mask=mask_m)
+    tl.store(delta_ptr + terms, tl.where(empty, 0.0, delta), mask=mask_m)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "num_groups", "num_tiles", "row_offset", "num_queries", "num_keys", "threshold"])  # fmt: skip
+@triton.jit(do_not_specialize=["heads", "group", "num_groups", "num_tiles", "stride_terms", "row_offset", "num_queries", "num_keys", "threshold"])  # fmt: skip
 def attention_backward_columns(
     q, k_ptr, v_ptr, dout, dk_ptr, dv_ptr, lse2_ptr, delta_ptr, head_map_ptr,
     starts_ptr, plain_ptr, chunks_ptr, order_ptr, columns_ptr, block_tiles_ptr, log_counts_ptr, positions_ptr,
@@ -75,10 +77,10 @@ def attention_backward_columns(
     stride_vb, stride_vh, stride_vn, stride_vd, stride_gb, stride_gh, stride_gm, stride_gd,
     stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dvd,
     stride_map, stride_base, stride_bias_b, stride_bias_slot, stride_bias_m, stride_bias_n,
-    heads, group, num_groups, num_tiles, row_offset, num_queries, num_keys, head_dim, value_dim,
+    stride_terms, heads, group, num_groups, num_tiles, row_offset, num_queries, num_keys, head_dim, value_dim,
     scale, threshold, keep_scale,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PHASES: tl.constexpr = 2, FOLD: tl.constexpr = False,
+    D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of TN keys of one key head: its query heads in order, each head's rows in order."""
     GATHER: tl.constexpr = TM // BM if TM > BM else 1
@@ -86,11 +88,20 @@ def attention_backward_columns(
     KEY_PARTS: tl.constexpr = BN // TN if BN > TN else 1
     DROPOUT: tl.constexpr = seed_ptr is not None
     LOG2E: tl.constexpr = 1.4426950408889634
+    # long columns of all heads come before the rest of any: one that starts last would run alone. Within each part a head's
+    # tiles are neighbours, which read the same queries.
     pid = tl.program_id(0)
-    rank = pid % num_tiles
     kv_heads = heads // group
-    kv_head = pid // num_tiles % kv_heads
-    batch = pid // num_tiles // kv_heads
+    long = (num_tiles + 7) // 8
+    num_long = long * (tl.num_programs(0) // num_tiles)
+    if pid < num_long:
+        rank = pid % long
+        sample = pid // long
+    else:
+        rank = long + (pid - num_long) % (num_tiles - long)
+        sample = (pid - num_long) // (num_tiles - long)
+    kv_head = sample % kv_heads
+    batch = sample // kv_heads
     batch64, kv_head64 = batch.to(tl.int64), kv_head.to(tl.int64)
     # a tile is dealt out by the weight that the first head of the group gives it
     which = tl.load(head_map_ptr + batch * stride_map + kv_head * group)
@@ -112,8 +123,9 @@ def attention_backward_columns(
     columns4 = (tile * TN + tl.arange(0, TN // 4) * 4) // 4
     if DROPOUT:
         seed = tl.load(seed_ptr)
-    scale2 = scale * LOG2E
-    inv_scale2 = 1.0 / scale2
+    # with 16-bit operands the tensor cores add what is subtracted from scores and from dp: fewer registers are held
+    FOLD: tl.constexpr = PRECISION == "tf32" and not DROPOUT
+    scale2 = tl.where(scale == 0, 1e-30, scale * LOG2E)
 
     dk = tl.zeros([TN, D], tl.float32)
     dv = tl.zeros([TN, DV], tl.float32)
@@ -134,70 +146,67 @@ def attention_backward_columns(
         if bias_ptr is not None:
             base = tl.load(bias_base_ptr + batch * stride_base + head)
             bias_head += batch64 * stride_bias_b + base * stride_bias_slot
-        terms = (batch64 * heads + head) * num_queries
-        for masked in tl.static_range(PHASES):
-            lo = plain if masked else 0
-            hi = plain if PHASES == 2 and not masked else total
-            # where the next tile lies is loaded one step ahead: its own load would wait for it
-            next_blocks = slot_blocks(columns_ptr, start + lo // PARTS * GATHER, offs_m, BM, TM)
-            for j in tl.range(lo, hi, num_stages=STAGES):
-                first = start + j // PARTS * GATHER
-                part = j % PARTS
-                blocks = next_blocks
-                next_blocks = slot_blocks(columns_ptr, start + (j + 1) // PARTS * GATHER, offs_m, BM, TM)
-                rows = slot_positions(blocks, part, offs_m, BM, TM)  # [TM], in the mask
-                query = rows - row_offset
-                mask_m = (query >= 0) & (query < num_queries)
-                if TMA:
-                    first_query = blocks * BM + part * TM - row_offset
-                    q_tile = q.load([batch, head, first_query, 0]).reshape([TM, D])
-                    dout_tile = dout.load([batch, head, first_query, 0]).reshape([TM, DV])
-                else:
-                    mask_q = mask_m[:, None] & (offs_d < head_dim)[None, :]
-                    mask_g = mask_m[:, None] & (offs_dv < value_dim)[None, :]
-                    query64 = query.to(tl.int64)[:, None]
-                    q_tile = tl.load(q_head + query64 * stride_qm + (offs_d * stride_qd)[None, :], mask=mask_q, other=0.0)
-                    dout_tile = tl.load(
-                        dout_head + query64 * stride_gm + (offs_dv * stride_gd)[None, :], mask=mask_g, other=0.0
-                    )
+        terms = (batch64 * heads + head) * stride_terms
+        # where the next tile lies is loaded one step ahead: its own load would wait for it
+        next_blocks = slot_blocks(columns_ptr, start, offs_m, BM, TM)
+        for j in tl.range(0, total, num_stages=STAGES):
+            first = start + j // PARTS * GATHER
+            part = j % PARTS
+            blocks = next_blocks
+            next_blocks = slot_blocks(columns_ptr, start + (j + 1) // PARTS * GATHER, offs_m, BM, TM)
+            rows = slot_positions(blocks, part, offs_m, BM, TM)  # [TM], in the mask
+            query = rows - row_offset
+            mask_m = (query >= 0) & (query < num_queries)
+            if TMA:
+                first_query = blocks * BM + part * TM - row_offset
+                q_tile = q.load([batch, head, first_query, 0]).reshape([TM, D])
+                dout_tile = dout.load([batch, head, first_query, 0]).reshape([TM, DV])
+            else:
+                mask_q = mask_m[:, None] & (offs_d < head_dim)[None, :]
+                mask_g = mask_m[:, None] & (offs_dv < value_dim)[None, :]
+                query64 = query.to(tl.int64)[:, None]
+                q_tile = tl.load(q_head + query64 * stride_qm + (offs_d * stride_qd)[None, :], mask=mask_q, other=0.0)
+                dout_tile = tl.load(
+                    dout_head + query64 * stride_gm + (offs_dv * stride_gd)[None, :], mask=mask_g, other=0.0
+                )
+            if TMA:
+                lse2 = lse2_ptr.load([batch, head, first_query]).reshape([TM])
+                delta = delta_ptr.load([batch, head, first_query]).reshape([TM])
+            else:
                 lse2 = tl.load(lse2_ptr + terms + query, mask=mask_m, other=float("inf"))
                 delta = tl.load(delta_ptr + terms + query, mask=mask_m, other=0.0)
-                if FOLD:
-                    s = tl.zeros([TN, TM], tl.float32) - (lse2 * inv_scale2)[None, :]
-                    s = tl.dot(k_tile, q_tile.T, s, input_precision=PRECISION) * scale2  # [TN, TM]
-                else:
-                    s = tl.dot(k_tile, q_tile.T, input_precision=PRECISION) * scale2  # [TN, TM]
-                if bias_ptr is not None:
-                    position = tl.load(positions_ptr + slot_index(first, offs_r, offs_m, BN, BM, TN, TM))
-                    bias_ptrs = bias_head + position.to(tl.int64) * stride_bias_slot
-                    bias_ptrs += ((offs_r % BN) * stride_bias_n)[:, None]
-                    bias_ptrs += (((part * TM + offs_m) % BM) * stride_bias_m)[None, :]
-                    s += tl.load(bias_ptrs, mask=position >= 0, other=0.0).to(tl.float32) * LOG2E
-                if FOLD:
-                    p = tl.math.exp2(s)
-                else:
-                    p = tl.math.exp2(s - lse2[None, :])
-                if masked if PHASES == 2 else j >= plain:
-                    if log_counts_ptr is not None:
-                        p *= tl.math.exp2(tl.load(log_counts_ptr + slot_index(first, offs_r, offs_m, BN, BM, TN, TM)))
-                    live = stored_entries(block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_m, BN, BM, TN, TM)
-                    # what is not stored may have overflowed
-                    p = tl.where(live & mask_m[None, :], p, 0.0)
-                if FOLD:
-                    dp = tl.dot(v_tile, dout_tile.T, tl.zeros([TN, TM], tl.float32) - delta[None, :], input_precision=PRECISION)
-                else:
-                    dp = tl.dot(v_tile, dout_tile.T, input_precision=PRECISION)  # [TN, TM]
-                kept = p
-                if DROPOUT:
-                    keep = dropout_keep(seed, threshold, batch, head, rows, columns4, TM, TN).T
-                    kept = tl.where(keep, p * keep_scale, 0.0)
-                    dp = tl.where(keep, dp * keep_scale, 0.0)
-                dv = tl.dot(kept.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
-                if FOLD:
-                    ds = p * dp
-                else:
-                    ds = p * (dp - delta[None, :])
-                dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+            s = tl.zeros([TN, TM], tl.float32)
+            dp = tl.zeros([TN, TM], tl.float32)
+            if FOLD:
+                s -= (lse2 / scale2)[None, :]
+                dp -= delta[None, :]
+            s = tl.dot(k_tile, q_tile.T, s, input_precision=PRECISION) * scale2  # [TN, TM]
+            if not FOLD:
+                s -= lse2[None, :]
+            if bias_ptr is not None:
+                position = tl.load(positions_ptr + slot_index(first, offs_r, offs_m, BN, BM, TN, TM))
+                bias_ptrs = bias_head + position.to(tl.int64) * stride_bias_slot
+                bias_ptrs += ((offs_r % BN) * stride_bias_n)[:, None]
+                bias_ptrs += (((part * TM + offs_m) % BM) * stride_bias_m)[None, :]
+                s += tl.load(bias_ptrs, mask=position >= 0, other=0.0).to(tl.float32) * LOG2E
+            p = tl.math.exp2(s)
+            if j >= plain:
+                if log_counts_ptr is not None:
+                    p *= tl.math.exp2(tl.load(log_counts_ptr + slot_index(first, offs_r, offs_m, BN, BM, TN, TM)))
+                live = stored_entries(block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_m, BN, BM, TN, TM)
+                # what is not stored may have overflowed
+                p = tl.where(live & mask_m[None, :], p, 0.0)
+            dp = tl.dot(v_tile, dout_tile.T, dp, input_precision=PRECISION)  # [TN, TM]
+            kept = p
+            if DROPOUT:
+                keep = dropout_keep(seed, threshold, batch, head, rows, columns4, TM, TN).T
+                kept = tl.where(keep, p * keep_scale, 0.0)
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            dv = tl.dot(kept.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
+            if not FOLD:
+                dp -= delta[None, :]
+            ds = p * dp
+            dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     dk_ptrs = dk_ptr + batch64 * stride_dkb + kv_head64 * stride_dkh
     dk_ptrs += keys64 * stride_dkn + (offs_d * stride_dkd)[None, :]
     tl.store(dk_ptrs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask_k)
@@ -206,7 +215,7 @@ def attention_backward_columns(
     tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=mask_v)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "num_groups", "num_tiles", "first_tile", "row_offset", "num_queries", "num_keys", "threshold"])  # fmt: skip
+@triton.jit(do_not_specialize=["heads", "group", "num_groups", "num_tiles", "first_tile", "stride_terms", "row_offset", "num_queries", "num_keys", "threshold"])  # fmt: skip
 def attention_backward_rows(
     q_ptr, k, v, dout_ptr, dq_ptr, dbias_ptr, lse2_ptr, delta_ptr, head_map_ptr,
     starts_ptr, plain_ptr, chunks_ptr, order_ptr, columns_ptr, block_tiles_ptr, log_counts_ptr, positions_ptr,
@@ -215,10 +224,10 @@ def attention_backward_rows(
     stride_vb, stride_vh, stride_vn, stride_vd, stride_gb, stride_gh, stride_gm, stride_gd,
     stride_dqb, stride_dqh, stride_dqm, stride_dqd,
     stride_map, stride_base, stride_bias_b, stride_bias_slot, stride_bias_m, stride_bias_n, stride_dbase, stride_dbias_b,
-    heads, group, num_groups, num_tiles, first_tile, row_offset, num_queries, num_keys, head_dim, value_dim,
+    stride_terms, heads, group, num_groups, num_tiles, first_tile, row_offset, num_queries, num_keys, head_dim, value_dim,
     scale, threshold, keep_scale,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PHASES: tl.constexpr = 2,
+    D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of TM rows of one head, laid out as in the forward, and the gradient of the bias there."""
     GATHER: tl.constexpr = TN // BN if TN > BN else 1
@@ -256,7 +265,7 @@ def attention_backward_rows(
     q_tile = tl.load(q_ptrs + query64 * stride_qm + (offs_d * stride_qd)[None, :], mask=mask_q, other=0.0)
     dout_ptrs = dout_ptr + batch64 * stride_gb + head64 * stride_gh
     dout_tile = tl.load(dout_ptrs + query64 * stride_gm + (offs_dv * stride_gd)[None, :], mask=mask_g, other=0.0)
-    terms = (batch64 * heads + head) * num_queries + query
+    terms = (batch64 * heads + head) * stride_terms + query
     lse2 = tl.load(lse2_ptr + terms, mask=mask_m, other=float("inf"))
     delta = tl.load(delta_ptr + terms, mask=mask_m, other=0.0)
     if not TMA:
@@ -274,55 +283,52 @@ def attention_backward_rows(
     scale2 = scale * LOG2E
 
     dq = tl.zeros([TM, D], tl.float32)
-    for masked in tl.static_range(PHASES):
-        lo = plain if masked else 0
-        hi = plain if PHASES == 2 and not masked else total
-        next_blocks = slot_blocks(columns_ptr, start + lo // PARTS * GATHER, offs_n, BN, TN)
-        for j in tl.range(lo, hi, num_stages=STAGES):
-            first = start + j // PARTS * GATHER
-            part = j % PARTS
-            blocks = next_blocks
-            next_blocks = slot_blocks(columns_ptr, start + (j + 1) // PARTS * GATHER, offs_n, BN, TN)
-            keys = slot_positions(blocks, part, offs_n, BN, TN)  # [TN]
-            mask_n = (keys >= 0) & (keys < num_keys)
-            if TMA:
-                first_key = blocks * BN + part * TN
-                k_tile = k.load([batch, kv_head, first_key, 0]).reshape([TN, D])
-                v_tile = v.load([batch, kv_head, first_key, 0]).reshape([TN, DV])
-            else:
-                mask_k = mask_n[:, None] & (offs_d < head_dim)[None, :]
-                mask_v = mask_n[:, None] & (offs_dv < value_dim)[None, :]
-                keys64 = keys.to(tl.int64)[:, None]
-                k_tile = tl.load(k + keys64 * stride_kn + (offs_d * stride_kd)[None, :], mask=mask_k, other=0.0)
-                v_tile = tl.load(v + keys64 * stride_vn + (offs_dv * stride_vd)[None, :], mask=mask_v, other=0.0)
-            s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) * scale2  # [TM, TN]
-            if bias_ptr is not None:
-                position = tl.load(positions_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN))
-                in_row = offs_r % BM
-                in_column = (part * TN + offs_n) % BN
-                bias_ptrs = bias_ptr + position.to(tl.int64) * stride_bias_slot
-                bias_ptrs += (in_row * stride_bias_m)[:, None] + (in_column * stride_bias_n)[None, :]
-                s += tl.load(bias_ptrs, mask=position >= 0, other=0.0).to(tl.float32) * LOG2E
-            p = tl.math.exp2(s - lse2[:, None])
-            if masked if PHASES == 2 else j >= plain:
-                if log_counts_ptr is not None:
-                    p *= tl.math.exp2(tl.load(log_counts_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN)))
-                live = stored_entries(block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_n, BM, BN, TM, TN)
-                # what is not stored may have overflowed
-                p = tl.where(live & mask_n[None, :], p, 0.0)
-            dp = tl.dot(dout_tile, v_tile.T, input_precision=PRECISION)  # [TM, TN]
-            if DROPOUT:
-                offs4 = tl.arange(0, TN // 4) * 4
-                columns4 = slot_positions(slot_blocks(columns_ptr, first, offs4, BN, TN), part, offs4, BN, TN) // 4
-                keep = dropout_keep(seed, threshold, batch, head, offs_m, columns4, TM, TN)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-            ds = p * (dp - delta[:, None])
-            if dbias_ptr is not None:
-                dbias_ptrs = dbias_ptr + position.to(tl.int64) * (BM * BN)
-                dbias_ptrs += (in_row * BN)[:, None] + in_column[None, :]
-                mask_b = (position >= 0) & mask_m[:, None]
-                tl.store(dbias_ptrs, ds.to(dbias_ptr.dtype.element_ty), mask=mask_b)
-            dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+    next_blocks = slot_blocks(columns_ptr, start, offs_n, BN, TN)
+    for j in tl.range(0, total, num_stages=STAGES):
+        first = start + j // PARTS * GATHER
+        part = j % PARTS
+        blocks = next_blocks
+        next_blocks = slot_blocks(columns_ptr, start + (j + 1) // PARTS * GATHER, offs_n, BN, TN)
+        keys = slot_positions(blocks, part, offs_n, BN, TN)  # [TN]
+        mask_n = (keys >= 0) & (keys < num_keys)
+        if TMA:
+            first_key = blocks * BN + part * TN
+            k_tile = k.load([batch, kv_head, first_key, 0]).reshape([TN, D])
+            v_tile = v.load([batch, kv_head, first_key, 0]).reshape([TN, DV])
+        else:
+            mask_k = mask_n[:, None] & (offs_d < head_dim)[None, :]
+            mask_v = mask_n[:, None] & (offs_dv < value_dim)[None, :]
+            keys64 = keys.to(tl.int64)[:, None]
+            k_tile = tl.load(k + keys64 * stride_kn + (offs_d * stride_kd)[None, :], mask=mask_k, other=0.0)
+            v_tile = tl.load(v + keys64 * stride_vn + (offs_dv * stride_vd)[None, :], mask=mask_v, other=0.0)
+        s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) * scale2  # [TM, TN]
+        if bias_ptr is not None:
+            position = tl.load(positions_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN))
+            in_row = offs_r % BM
+            in_column = (part * TN + offs_n) % BN
+            bias_ptrs = bias_ptr + position.to(tl.int64) * stride_bias_slot
+            bias_ptrs += (in_row * stride_bias_m)[:, None] + (in_column * stride_bias_n)[None, :]
+            s += tl.load(bias_ptrs, mask=position >= 0, other=0.0).to(tl.float32) * LOG2E
+        p = tl.math.exp2(s - lse2[:, None])
+        if j >= plain:
+            if log_counts_ptr is not None:
+                p *= tl.math.exp2(tl.load(log_counts_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN)))
+            live = stored_entries(block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_n, BM, BN, TM, TN)
+            # what is not stored may have overflowed
+            p = tl.where(live & mask_n[None, :], p, 0.0)
+        dp = tl.dot(dout_tile, v_tile.T, input_precision=PRECISION)  # [TM, TN]
+        if DROPOUT:
+            offs4 = tl.arange(0, TN // 4) * 4
+            columns4 = slot_positions(slot_blocks(columns_ptr, first, offs4, BN, TN), part, offs4, BN, TN) // 4
+            keep = dropout_keep(seed, threshold, batch, head, offs_m, columns4, TM, TN)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        if dbias_ptr is not None:
+            dbias_ptrs = dbias_ptr + position.to(tl.int64) * (BM * BN)
+            dbias_ptrs += (in_row * BN)[:, None] + in_column[None, :]
+            mask_b = (position >= 0) & mask_m[:, None]
+            tl.store(dbias_ptrs, ds.to(dbias_ptr.dtype.element_ty), mask=mask_b)
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     dq_ptrs = dq_ptr + batch64 * stride_dqb + head64 * stride_dqh
     dq_ptrs += query64 * stride_dqm + (offs_d * stride_dqd)[None, :]
     tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_q)
@@ -409,7 +415,9 @@ def launch_backward(
         dbias = bias.new_zeros(samples, dbias_blocks, bm, bn)
     if lse.numel() == 0 or pattern.num_blocks == 0 or head_dim == 0 or value_dim == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias
-    lse2, delta = (torch.empty(lse.shape, device=q.device, dtype=torch.float32) for _ in range(2))
+    # rows of terms stand 16 bytes apart, as descriptors want them
+    terms = torch.empty(2, batch, heads, -(-nq // 4) * 4, device=q.device, dtype=torch.float32)
+    lse2, delta = terms[..., :nq]
     d, dv_tile = padded_head_dim(head_dim), padded_head_dim(value_dim)
     rows_of_terms = max(16, 4096 // dv_tile)
     attention_row_terms[(triton.cdiv(lse.numel(), rows_of_terms),)](
@@ -423,6 +431,7 @@ def launch_backward(
         *dout.stride(),
         *lse.stride(),
         *((0, 0, 0) if dlse is None else dlse.stride()),
+        lse2.stride(1),
         heads,
         nq,
         lse.numel(),
@@ -462,8 +471,8 @@ def launch_backward(
         tile_descriptor(dout, by_column.rows, dv_tile) if use_tma else dout,
         dk,
         dv,
-        lse2,
-        delta,
+        terms_descriptor(lse2, by_column.rows) if use_tma else lse2,
+        terms_descriptor(delta, by_column.rows) if use_tma else delta,
         head_map,
         *schedule_operands(schedule),
         transposed.tiles,
@@ -474,6 +483,7 @@ def launch_backward(
         *dk.stride(),
         *dv.stride(),
         *shared,
+        lse2.stride(1),
         heads,
         heads // kv_heads,
         groups,
@@ -521,6 +531,7 @@ def launch_backward(
         *shared,
         dbias_base.stride(0) if dbias is not None and dbias_base.shape[0] > 1 else 0,
         dbias.stride(0) if dbias is not None and dbias.shape[0] > 1 else 0,
+        lse2.stride(1),
         heads,
         heads // kv_heads,
         groups,
@@ -564,7 +575,7 @@ def compilations() -> Iterator[Compilation]:
         ):
             if case.tma and case.block < length:
                 continue
-            constexprs = case.absent() | flags | {"TMA": case.tma, "STAGES": tiles.num_stages, "PHASES": 2}
+            constexprs = case.absent() | flags | {"TMA": case.tma, "STAGES": tiles.num_stages}
             constexprs |= {"TM": tiles.rows, "TN": tiles.columns}
             if not case.bias and kernel is attention_backward_rows:
                 constexprs |= {"dbias_ptr": None, "dbias_base_ptr": None}
@@ -572,7 +583,8 @@ def compilations() -> Iterator[Compilation]:
             plain = ("q_ptr", "k_ptr", "v_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
             given = dict.fromkeys((*plain, "bias_ptr", "dbias_ptr"), f"*{kind}")
             given |= dict.fromkeys(streamed, descriptor)
-            given |= dict.fromkeys(("lse2_ptr", "delta_ptr", "log_counts_ptr"), "*fp32")
+            terms = f"tensordesc<fp32[1, 1, {length}]>" if case.tma and "q" in streamed else "*fp32"
+            given |= {"lse2_ptr": terms, "delta_ptr": terms, "log_counts_ptr": "*fp32"}
             given |= dict.fromkeys(("bias_base_ptr", "dbias_base_ptr", "seed_ptr"), "*i64")
             yield Compilation(
                 f"{kernel.__name__}-{case.name}",

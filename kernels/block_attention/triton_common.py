@@ -167,6 +167,11 @@ def tile_descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, columns])
 
 
+def terms_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """A descriptor of (B, H, N) fp32, contiguous rows 16 bytes apart, that loads [1, 1, rows]."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows])
+
+
 def shared_strides(
     head_map: Tensor, bias: Tensor | None, bias_base: Tensor | None
 ) -> tuple[int, int, int, int, int, int]:

@@ -45,8 +45,8 @@ def attention_forward(
     stride_map, stride_base, stride_bias_b, stride_bias_slot, stride_bias_m, stride_bias_n,
     heads, group, num_groups, num_tiles, first_tile, row_offset, num_queries, num_keys, head_dim, value_dim,
     scale, threshold, keep_scale,
-    TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PHASES: tl.constexpr = 2,
+    TMA: tl.constexpr, POSITIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of TM rows of one head; the tile's rows are rows of the mask, of which the queries are the last."""
     GATHER: tl.constexpr = TN // BN if TN > BN else 1
@@ -79,9 +79,9 @@ def attention_forward(
     q_ptrs = q_ptr + batch64 * stride_qb + head64 * stride_qh
     q_ptrs += query.to(tl.int64)[:, None] * stride_qm + (offs_d * stride_qd)[None, :]
     q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < head_dim)[None, :], other=0.0)
-    # the maximum is taken before scaling: the sign goes to the queries, and 0 must not meet a score of -inf
-    scale2 = tl.maximum(tl.abs(scale) * LOG2E, 1e-30)
-    SCALED: tl.constexpr = bias_ptr is not None or log_counts_ptr is not None
+    # the maximum is taken before scaling where the scale is positive and nothing is added to the scores
+    SCALED: tl.constexpr = bias_ptr is not None or log_counts_ptr is not None or not POSITIVE
+    scale2 = scale * LOG2E
     rate = 1.0 if SCALED else scale2
     if not TMA:
         k += batch64 * stride_kb + kv_head64 * stride_kh
@@ -97,56 +97,51 @@ def attention_forward(
     peak = tl.full([TM], float("-inf"), tl.float32)
     norm = tl.zeros([TM], tl.float32)
     acc = tl.zeros([TM, DV], tl.float32)
-    for masked in tl.static_range(PHASES):
-        lo = plain if masked else 0
-        hi = plain if PHASES == 2 and not masked else total
-        # where the next tile lies is loaded one step ahead: its own load would wait for it
-        next_blocks = slot_blocks(columns_ptr, start + lo // PARTS * GATHER, offs_n, BN, TN)
-        for j in tl.range(lo, hi, num_stages=STAGES):
-            first = start + j // PARTS * GATHER
-            part = j % PARTS
-            blocks = next_blocks
-            next_blocks = slot_blocks(columns_ptr, start + (j + 1) // PARTS * GATHER, offs_n, BN, TN)
-            keys = slot_positions(blocks, part, offs_n, BN, TN)  # [TN]
-            mask_n = (keys >= 0) & (keys < num_keys)
-            if TMA:
-                first_key = blocks * BN + part * TN
-                k_tile = k.load([batch, kv_head, first_key, 0]).reshape([TN, D])
-                v_tile = v.load([batch, kv_head, first_key, 0]).reshape([TN, DV])
-            else:
-                mask_k = mask_n[:, None] & (offs_d < head_dim)[None, :]
-                mask_v = mask_n[:, None] & (offs_dv < value_dim)[None, :]
-                keys64 = keys.to(tl.int64)[:, None]
-                k_tile = tl.load(k + keys64 * stride_kn + (offs_d * stride_kd)[None, :], mask=mask_k, other=0.0)
-                v_tile = tl.load(v + keys64 * stride_vn + (offs_dv * stride_vd)[None, :], mask=mask_v, other=0.0)
-            s = tl.dot(q, k_tile.T, input_precision=PRECISION)  # [TM, TN]
-            if SCALED:
-                s *= scale2
-            if bias_ptr is not None:
-                position = tl.load(positions_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN))
-                bias_ptrs = bias_ptr + position.to(tl.int64) * stride_bias_slot
-                bias_ptrs += ((offs_r % BM) * stride_bias_m)[:, None]
-                bias_ptrs += (((part * TN + offs_n) % BN) * stride_bias_n)[None, :]
-                s += tl.load(bias_ptrs, mask=position >= 0, other=0.0).to(tl.float32) * LOG2E
-            if masked if PHASES == 2 else j >= plain:
-                if log_counts_ptr is not None:
-                    s += tl.load(log_counts_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN))
-                live = stored_entries(block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_n, BM, BN, TM, TN)
-                s = tl.where(live & mask_n[None, :], s, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(s, 1) * rate)
-            # a row that has met nothing yet keeps -inf, and must not subtract it from itself
-            shift = new_peak
-            if masked or PHASES == 1:
-                shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            p = tl.math.exp2(s * rate - shift[:, None])
-            decay = tl.math.exp2(peak - shift)
-            norm = norm * decay + tl.sum(p, 1)
-            peak = new_peak
-            if DROPOUT:
-                offs4 = tl.arange(0, TN // 4) * 4
-                columns4 = slot_positions(slot_blocks(columns_ptr, first, offs4, BN, TN), part, offs4, BN, TN) // 4
-                p = tl.where(dropout_keep(seed, threshold, batch, head, offs_m, columns4, TM, TN), p, 0.0)
-            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
+    # where the next tile lies is loaded one step ahead: its own load would wait for it
+    next_blocks = slot_blocks(columns_ptr, start, offs_n, BN, TN)
+    for j in tl.range(0, total, num_stages=STAGES):
+        first = start + j // PARTS * GATHER
+        part = j % PARTS
+        blocks = next_blocks
+        next_blocks = slot_blocks(columns_ptr, start + (j + 1) // PARTS * GATHER, offs_n, BN, TN)
+        keys = slot_positions(blocks, part, offs_n, BN, TN)  # [TN]
+        mask_n = (keys >= 0) & (keys < num_keys)
+        if TMA:
+            first_key = blocks * BN + part * TN
+            k_tile = k.load([batch, kv_head, first_key, 0]).reshape([TN, D])
+            v_tile = v.load([batch, kv_head, first_key, 0]).reshape([TN, DV])
+        else:
+            mask_k = mask_n[:, None] & (offs_d < head_dim)[None, :]
+            mask_v = mask_n[:, None] & (offs_dv < value_dim)[None, :]
+            keys64 = keys.to(tl.int64)[:, None]
+            k_tile = tl.load(k + keys64 * stride_kn + (offs_d * stride_kd)[None, :], mask=mask_k, other=0.0)
+            v_tile = tl.load(v + keys64 * stride_vn + (offs_dv * stride_vd)[None, :], mask=mask_v, other=0.0)
+        s = tl.dot(q, k_tile.T, input_precision=PRECISION)  # [TM, TN]
+        if SCALED:
+            s *= scale2
+        if bias_ptr is not None:
+            position = tl.load(positions_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN))
+            bias_ptrs = bias_ptr + position.to(tl.int64) * stride_bias_slot
+            bias_ptrs += ((offs_r % BM) * stride_bias_m)[:, None]
+            bias_ptrs += (((part * TN + offs_n) % BN) * stride_bias_n)[None, :]
+            s += tl.load(bias_ptrs, mask=position >= 0, other=0.0).to(tl.float32) * LOG2E
+        if j >= plain:
+            if log_counts_ptr is not None:
+                s += tl.load(log_counts_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN))
+            live = stored_entries(block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_n, BM, BN, TM, TN)
+            s = tl.where(live & mask_n[None, :], s, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(s, 1) * rate)
+        # a row that has met nothing yet keeps -inf, and must not subtract it from itself
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        p = tl.math.exp2(s * rate - shift[:, None])
+        decay = tl.math.exp2(peak - shift)
+        norm = norm * decay + tl.sum(p, 1)
+        peak = new_peak
+        if DROPOUT:
+            offs4 = tl.arange(0, TN // 4) * 4
+            columns4 = slot_positions(slot_blocks(columns_ptr, first, offs4, BN, TN), part, offs4, BN, TN) // 4
+            p = tl.where(dropout_keep(seed, threshold, batch, head, offs_m, columns4, TM, TN), p, 0.0)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
 
     empty = norm == 0
     norm = tl.where(empty, 1.0, norm)
@@ -265,6 +260,7 @@ def launch_forward(
         dropout_threshold(dropout_p),
         1.0 / (1.0 - dropout_p) if dropout else 1.0,
         TMA=tma,
+        POSITIVE=scale > 0,
         BM=bm,
         BN=bn,
         TM=tiles.rows,
@@ -299,6 +295,7 @@ def compilations() -> Iterator[Compilation]:
         kind = TYPE_NAMES[case.dtype]
         constexprs = case.absent() | {
             "TMA": case.tma,
+            "POSITIVE": True,
             "BM": case.block,
             "BN": case.block,
             "TM": tiles.rows,
@@ -307,7 +304,6 @@ def compilations() -> Iterator[Compilation]:
             "DV": d,
             "PRECISION": precision(case.dtype),
             "STAGES": tiles.num_stages,
-            "PHASES": 2,
         }
         streamed = f"tensordesc<{kind}[1, 1, {tiles.columns}, {d}]>" if case.tma else f"*{kind}"
         given = dict.fromkeys(("q_ptr", "out_ptr", "bias_ptr"), f"*{kind}")

@@ -85,10 +85,9 @@ def multiply(
     k, n = x.shape[-2:]
     m = pattern.shape[0]
     if not batch and not width:
-        # one matrix for every sample of x: one product with the samples side by side, if they lie so, else one a sample
-        flat = x.reshape(1, -1, 1, k, n) if outer else x.view(1, 1, 1, k, n)
-        out = block_matmul_op(values[None], pattern, flat[0], transposed_output)
-        return out.view(*outer, m, n) if outer else out.view(m, n)
+        flat = x.reshape(-1, 1, k, n) if outer else x[None, None]
+        out = block_matmul_op(values[None], pattern, flat, transposed_output)
+        return out.reshape(*outer, m, n) if outer else out[0, 0]
     whole = torch.broadcast_shapes(outer, (*batch, *lead))
     own_batch = whole[: len(whole) - width]
     # the layout's leading indices must be its own: a broadcast there would need the pattern repeated, so x is the one that expands
@@ -132,28 +131,34 @@ def check(layout: BSRTensor, dense: Any, contracted: int, own: int, what: str) -
     """Raises for operands that do not fit: what was expected, what came, the way out."""
     if not isinstance(dense, Tensor):
         raise TypeError(f"{what}: expected a tensor, got {type(dense).__name__}")
-    if layout.is_mask:
+    values = layout.inner_values  # a plain tensor: its properties cost nothing, the layout's 1.5 us each
+    if values is None:
         raise TypeError(
-            f"{what}: a mask layout has no values to multiply; convert it first: mask.to({str(dense.dtype)})"
+            f"{what}: a mask layout has no values to multiply; convert it first: mask.to({dense.dtype})"
         )
-    if layout.dtype != dense.dtype:
-        raise TypeError(f"{what}: expected one dtype, got {layout.dtype} and {dense.dtype}; convert one with .to(dtype)")
-    if not (layout.dtype.is_floating_point):
-        raise TypeError(f"{what}: expected a floating dtype, got {layout.dtype}")
-    if layout.device != dense.device:
-        raise ValueError(f"{what}: the layout is on {layout.device}, the dense operand on {dense.device}")
+    if values.dtype != dense.dtype:
+        raise TypeError(
+            f"{what}: expected one dtype, got {values.dtype} and {dense.dtype}; convert one with .to(dtype)"
+        )
+    if not values.dtype.is_floating_point:
+        raise TypeError(f"{what}: expected a floating dtype, got {values.dtype}")
+    if values.device != dense.device:
+        raise ValueError(
+            f"{what}: the layout is on {values.device}, the dense operand on {dense.device}"
+        )
     if dense.dim() == 0:
         raise ValueError(f"{what}: the dense operand has no dimension")
     size = dense.shape[contracted] if dense.dim() > 1 else dense.shape[0]
-    if size != layout.shape[own]:
+    wanted = layout.block_pattern.shape[own]
+    if size != wanted:
         raise ValueError(
-            f"{what}: shapes {tuple(layout.shape)} (layout) and {tuple(dense.shape)} do not fit: {layout.shape[own]} and {size} must be equal"
+            f"{what}: shapes {tuple(layout.shape)} (layout) and {tuple(dense.shape)} do not fit: {wanted} and {size} must be equal"
         )
 
 
 def autocast(layout: BSRTensor, *dense: Any) -> tuple[Any, ...]:
     """The operands in autocast's dtype, where it is on: intercepted above the dispatcher, its own rule does not run."""
-    device = layout.device.type
+    device = layout.block_pattern.device.type
     if not torch.is_autocast_enabled(device):
         return (layout, *dense)
     dtype = torch.get_autocast_dtype(device)
@@ -167,7 +172,7 @@ def autocast(layout: BSRTensor, *dense: Any) -> tuple[Any, ...]:
 
 def product(layout: BSRTensor, x: Tensor, transposed_output: bool = False) -> Tensor:
     """`W @ x` of checked operands (x at least 2-D), differentiable."""
-    if torch.is_grad_enabled() and (layout.requires_grad or x.requires_grad):
+    if torch.is_grad_enabled() and (x.requires_grad or layout.requires_grad):
         return BlockMatmul.apply(layout, x, transposed_output)
     return BlockMatmul.forward(layout, x, transposed_output)
 
@@ -220,7 +225,7 @@ def dense_times_layout(input: Tensor, other: BSRTensor) -> Tensor:
 
 def _from_the_right(x: Tensor, flipped: BSRTensor) -> Tensor:
     """`x @ flipped.mT`: one matrix takes all of x's rows at once, several theirs each."""
-    if flipped.dim() == 2 and x.dim() > 2:
+    if x.dim() > 2 and flipped.dim() == 2:
         out = product(flipped, x.reshape(-1, x.shape[-1]).mT, True).mT
         return out.reshape(*x.shape[:-1], flipped.shape[0])
     return product(flipped, x.mT, True).mT
@@ -237,7 +242,7 @@ def uses_of_linear(input: Tensor, weight: BSRTensor, bias: Tensor | None = None)
 def linear(input: Tensor, weight: BSRTensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear(x, w, bias)`: `x @ w.mT + bias`."""
     weight, input, bias = autocast(weight, input, bias)
-    if weight.dim() != 2:
+    if weight.lead_dims or weight.dim() != 2:
         raise ValueError(f"linear: expected a 2-D weight, got shape {tuple(weight.shape)}")
     check(weight, input, -1, -1, "linear")
     if input.dim() == 1:

@@ -24,7 +24,7 @@ from sparse_layouts.kernels.triton_common import (
 # (columns of a tile, entries of K a step, warps, stages) by the rows of a tile, for 16-bit dtypes.
 # A tile has the rows of a block, or 128 of them. Chosen on an H200, 2026-11-20, bf16, 4096^3, a
 # quarter of the blocks stored: 288, 162, 108, 85 us for w @ x (dense 176 us). The tiles of x that
-# are read from L2 come to 7.5, 6.6, 5 and 3.3 TB/s: L2 bounds the small blocks.
+# are read from L2 come to 7.5, 6.6, 5 and 3.2 TB/s: L2 bounds the small blocks.
 CONFIGS_16_BIT = {
     16: (256, 32, 4, 5),
     32: (256, 32, 4, 4),

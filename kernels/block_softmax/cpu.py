@@ -21,13 +21,13 @@ from sparse_layouts.kernels.cpu_schedule import STEP_SCORES, row_schedule
 
 
 def block_softmax(values: Tensor, pattern: BlockPattern, *, log: bool = False) -> Tensor:
-    """Softmax (or log_softmax) over each row's stored entries, as the reference's `block_softmax` defines it."""
+    """Softmax or log_softmax over a row's stored entries, as the reference's `block_softmax`."""
     p, high = pattern, score_dtype(values.dtype)
     out = torch.empty(values.shape, dtype=values.dtype)
     if out.numel() == 0:
         return out
     scratch = Scratch()
-    plan = row_schedule(p, max(1, STEP_SCORES // p.block_size[0]), high)
+    plan = row_schedule(p, STEP_SCORES // p.block_size[0], high)
     tiny, lowest = torch.finfo(high).tiny, torch.finfo(high).min
     for b in range(values.shape[0]):
         blocks = dense_blocks(values[b])
@@ -53,13 +53,13 @@ def block_softmax(values: Tensor, pattern: BlockPattern, *, log: bool = False) -
 def block_softmax_backward(
     grad: Tensor, out: Tensor, pattern: BlockPattern, *, log: bool = False
 ) -> Tensor:
-    """The gradient to `values` from the gradient to `out`, as the reference's `block_softmax_backward` defines it."""
+    """The gradient to `values`, as the reference's `block_softmax_backward` defines it."""
     p, high = pattern, score_dtype(grad.dtype)
     dx = torch.empty(grad.shape, dtype=grad.dtype)
     if dx.numel() == 0:
         return dx
     scratch = Scratch()
-    plan = row_schedule(p, max(1, STEP_SCORES // p.block_size[0]), high)
+    plan = row_schedule(p, STEP_SCORES // p.block_size[0], high)
     for b in range(grad.shape[0]):
         g_blocks, o_blocks = dense_blocks(grad[b]), dense_blocks(out[b])
         for step in plan.steps:

@@ -1,4 +1,4 @@
-"""sddmm on the CPU: per batch of block rows, a's rows times the gathered columns of b, written into the slots."""
+"""sddmm on the CPU: block rows of a times the gathered columns of b, written into the slots."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from sparse_layouts.kernels.cpu_common import (
 )
 from sparse_layouts.kernels.cpu_schedule import row_schedule
 
-# Entries of b that a step gathers: 2 MB in fp32, what stays in cache (EPYC 9004, 2026-11-20).
+# Entries of b that a step gathers: 2 MB in fp32, what stays in cache (two cores of an EPYC 9004,
+# 4096 x 512 x 4096 sampled at 10% of blocks of 64, 2026-11-20).
 STEP_ENTRIES = 2**19
 
 
 def sddmm(a: Tensor, b: Tensor, pattern: BlockPattern) -> Tensor:
-    """`values[n, s]` = the block of `a[n, p] @ b[n, p]` at slot s, as the reference's `sddmm` defines it."""
+    """`values[n, s]` = the block of `a[n, p] @ b[n, p]` at slot s, as the reference's `sddmm`."""
     p, (batch, patterns, _, k) = pattern, a.shape
     (bm, bn), (mb, nb) = p.block_size, p.grid
     low = product_dtype(a.dtype)
@@ -31,7 +32,7 @@ def sddmm(a: Tensor, b: Tensor, pattern: BlockPattern) -> Tensor:
     if k == 0:
         return values.zero_()
     scratch = Scratch()
-    plan = row_schedule(p, max(1, STEP_ENTRIES // k), low)
+    plan = row_schedule(p, STEP_ENTRIES // k)
     for n in range(batch):
         a_rows = pad_rows(a[n], 0, mb * bm, low).view(patterns * mb, bm * k)
         b_columns = pad_rows(b[n].mT, 0, nb * bn, low).view(patterns * nb, bn * k)

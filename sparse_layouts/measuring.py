@@ -1,0 +1,131 @@
+"""What the demo and the benchmarks measure with: interleaved times, relative errors, exact attention in slices."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEWEST_REPEATS = 3
+
+
+class Timing(NamedTuple):
+    """Wall time of one variant, in seconds: the median and the quartiles over `repeats` runs."""
+
+    median_s: float
+    low_s: float
+    high_s: float
+    repeats: int
+
+    @property
+    def spread(self) -> float:
+        """The distance between the quartiles over the median."""
+        return (self.high_s - self.low_s) / self.median_s if self.median_s else 0.0
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        """The median and the quartiles of a list of seconds."""
+        if len(seconds) == 1:
+            return cls(seconds[0], seconds[0], seconds[0], 1)
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(median, low, high, len(seconds))
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Waits for a GPU's queue; does nothing on the CPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int = 7,
+    budget_s: float = float("inf"),
+    device: torch.device | str = "cpu",
+) -> dict[str, Timing]:
+    """Times variants in turns, so that whatever disturbs the machine disturbs all of them; each is run once before.
+
+    Stops early when `budget_s` seconds are spent, but not before three repeats of each.
+
+    >>> from sparse_layouts.measuring import interleaved
+    >>> sorted(interleaved({"list": lambda: [0] * 10, "tuple": lambda: (0,) * 10}))
+    ['list', 'tuple']
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    begin = time.perf_counter()
+    for run in variants.values():
+        run()
+    for done in range(repeats):
+        if done >= FEWEST_REPEATS and time.perf_counter() - begin > budget_s:
+            break
+        order = list(variants.items())
+        for name, run in order if done % 2 == 0 else reversed(order):
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Timing.of(each) for name, each in seconds.items()}
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """The Frobenius norm of the difference over that of `exact`, in float64; NaN wherever `found` has one."""
+    exact = exact.double()
+    norm = torch.linalg.vector_norm(exact)
+    return float(torch.linalg.vector_norm(found.double() - exact) / norm.clamp(min=1e-300))
+
+
+def peak_bytes(function: Callable[[], Any], device: torch.device | str) -> int:
+    """What a CUDA device allocates for `function` at most, beyond what was there before."""
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = function()
+    synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del result
+    return peak
+
+
+def dense_causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stored: Callable[[int, int], Tensor],
+    dout: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    rows_at_once: int = 1024,
+) -> tuple[Tensor, ...]:
+    """Dense attention under a causal mask, a slice of rows at a time, so that it fits into memory at any length.
+
+    q, k, v (B, H, N, D), computed in `dtype`; `stored(start, stop)` gives rows start..stop of the dense bool mask, broadcastable
+    to (B, H, stop - start, N). Returns `(out,)`, or with the gradient `dout` of the output `(out, dq, dk, dv)`.
+    """
+    q, k, v = (t.detach().to(dtype).requires_grad_(dout is not None) for t in (q, k, v))
+    n = q.shape[-2]
+    slices = []
+    for start in range(0, n, rows_at_once):
+        stop = min(start + rows_at_once, n)
+        out = F.scaled_dot_product_attention(
+            q[..., start:stop, :],
+            k[..., :stop, :],
+            v[..., :stop, :],
+            attn_mask=stored(start, stop)[..., :stop],
+        )
+        if dout is not None:
+            out.backward(dout[..., start:stop, :].to(dtype))
+        slices.append(out.detach())
+    whole = torch.cat(slices, -2)
+    if dout is None:
+        return (whole,)
+    assert q.grad is not None
+    assert k.grad is not None
+    assert v.grad is not None
+    return whole, q.grad, k.grad, v.grad

@@ -1,0 +1,570 @@
+"""Inputs for every op's kernels: patterns, operands and their strides, in any dtype on any device.
+
+The kernel suite, the GPU tests and the benchmarks build their inputs here:
+`from tests.kernels.cases import OPS`. An op's cases are found by its name; a new kernel of a known op needs nothing
+here, a new op an entry in `OPS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_layouts.block_pattern import (
+    BlockPattern,
+    expand_heads,
+    pack_tiles,
+    pattern_from_dense,
+    transpose_pattern,
+)
+from sparse_layouts.dispatch import Facts, facts_of
+from sparse_layouts.kernels.block_attention import reference as attention_reference
+from sparse_layouts.kernels.block_softmax import reference as softmax_reference
+from sparse_layouts.kernels.sddmm.reference import sample
+
+Device = torch.device | str
+
+
+class Call(NamedTuple):
+    """The arguments of one call of a kernel."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Call:
+        """The same call with `change` applied to every tensor of floats."""
+
+        def mapped(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        kwargs = {name: mapped(value) for name, value in self.kwargs.items()}
+        return Call(tuple(mapped(value) for value in self.args), kwargs)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that the kernel is given, those of the pattern too."""
+        flat: list[Any] = []
+        for value in (*self.args, *self.kwargs.values()):
+            flat.extend(value if isinstance(value, BlockPattern) else [value])
+        return [value for value in flat if isinstance(value, Tensor)]
+
+    @property
+    def pattern(self) -> BlockPattern:
+        """The call's pattern."""
+        return next(value for value in self.args if isinstance(value, BlockPattern))
+
+
+class Case(NamedTuple):
+    """A named call of one op. `small` cases also run in Triton's interpreter."""
+
+    name: str
+    build: Callable[[torch.dtype, Device], Call]
+    small: bool
+    block_size: tuple[int, int]
+    head_dim: int
+
+    def facts(self, dtype: torch.dtype, device: Device) -> Facts:
+        """What the choice of a kernel for this call depends on."""
+        tensor = torch.zeros(0, dtype=dtype, device=device)
+        return facts_of(tensor, block_size=self.block_size, head_dim=self.head_dim)
+
+
+def random_source(name: str) -> torch.Generator:
+    """A generator of its own for every case, so that adding one leaves the others as they are."""
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+
+# --- patterns ---------------------------------------------------------------------------------------------------------
+
+
+class Stored(NamedTuple):
+    """Which blocks a pattern stores.
+
+    `blocks`: "some" (40%), "none", "gaps" (one block row and one block column without any), "all" or "causal" (by token,
+    aligned at the end). `tiles` makes half of the blocks partial, and the first block row one partial block with empty
+    rows; `counts` counts blocks up to three times. `transposed` describes the other half of `transpose_pattern`.
+    """
+
+    shape: tuple[int, int]
+    block: tuple[int, int]
+    patterns: int = 1
+    blocks: str = "some"
+    tiles: bool = False
+    counts: bool = False
+    transposed: bool = False
+
+
+def make_pattern(what: Stored, random: torch.Generator, device: Device = "cpu") -> BlockPattern:
+    """A pattern with its own lists for each of `what.patterns` leading indices."""
+    if what.transposed:
+        flipped = what._replace(shape=what.shape[::-1], block=what.block[::-1], transposed=False)
+        return transpose_pattern(make_pattern(flipped, random, device))
+    (m, n), (bm, bn), lead = what.shape, what.block, what.patterns
+    mb, nb = -(-m // bm), -(-n // bn)
+    stored = torch.rand(lead, mb, nb, generator=random) < 0.4
+    ids = torch.zeros(lead, mb, nb, dtype=torch.int32)
+    tiles = None
+    if what.blocks == "causal":
+        stored, ids, tiles = _causal_blocks(what)
+    elif what.blocks in ("none", "all"):
+        stored = torch.full_like(stored, what.blocks == "all")
+    if what.blocks == "gaps":
+        stored[:, mb // 2] = False
+        stored[:, :, nb // 2] = False
+    elif what.blocks == "some":
+        stored[:, -1, 0] = stored[:, 0, -1] = True
+    if what.tiles:
+        assert tiles is None, "a causal pattern has its own tiles"
+        bits = torch.rand(3, bm, bn, generator=random) < 0.6
+        bits[0, bm // 2 :] = False  # empty rows
+        bits[1, :, bn // 2] = False  # an empty column
+        bits[2] = False
+        bits[2, -1, 0] = True  # one entry, and the sign bit of no word
+        tiles = pack_tiles(bits)
+        ids = torch.randint(0, 6, stored.shape, generator=random, dtype=torch.int32)
+        ids = torch.where(ids <= 3, ids, 0)
+        if what.blocks != "none":
+            stored[:, 0] = False
+            stored[:, 0, nb - 1] = True
+            ids[:, 0, nb - 1] = 1
+    blocks = stored
+    if what.counts:
+        blocks = stored * torch.randint(1, 4, stored.shape, generator=random)
+    # one list set for every leading index, also where two happen to be equal
+    pattern = pattern_from_dense(blocks, (bm, bn), (m, n), ids if tiles is not None else None, tiles)
+    pattern = expand_heads(pattern)
+    return moved(pattern, device)
+
+
+def _causal_blocks(what: Stored) -> tuple[Tensor, Tensor, Tensor]:
+    """Stored blocks, tile ids and tiles of the mask `column - (N - M) <= row`."""
+    (m, n), (bm, bn), lead = what.shape, what.block, what.patterns
+    mb, nb = -(-m // bm), -(-n // bn)
+    rows, columns = torch.arange(mb * bm), torch.arange(nb * bn)
+    entries = columns[None, :] - (n - m) <= rows[:, None]
+    blocks = entries.view(mb, bm, nb, bn).transpose(1, 2).reshape(mb * nb, bm, bn)
+    some, every = blocks.flatten(1).any(1), blocks.flatten(1).all(1)
+    words, kind = torch.unique(pack_tiles(blocks[some & ~every]), dim=0, return_inverse=True)
+    ids = torch.zeros(mb * nb, dtype=torch.int32)
+    ids[some & ~every] = kind.int() + 1
+    return (
+        some.view(1, mb, nb).repeat(lead, 1, 1),
+        ids.view(1, mb, nb).repeat(lead, 1, 1),
+        words,
+    )
+
+
+def moved(pattern: BlockPattern, device: Device) -> BlockPattern:
+    """The pattern on a device."""
+    tensors = [None if t is None else t.to(device) for t in pattern[:10]]
+    return BlockPattern(*tensors, *pattern[10:])  # type: ignore[arg-type]
+
+
+# --- operands ---------------------------------------------------------------------------------------------------------
+
+
+def laid_out(t: Tensor, how: str) -> Tensor:
+    """`t` with other strides: "plain", "mT", "step" (`[..., ::2]`), "offset" (not aligned), "heads_last", "expand_<dim>".
+
+    What lies between the entries of "step" is NaN. An expanded tensor repeats the first index of that dimension.
+    """
+    if how == "mT":
+        return t.mT.contiguous().mT
+    if how == "step":
+        wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), math.nan)
+        wide[..., ::2] = t
+        return wide[..., ::2]
+    if how == "offset":
+        flat = t.new_full((t.numel() + 1,), math.nan)
+        flat[1:] = t.flatten()
+        return flat[1:].view(t.shape)
+    if how == "heads_last":
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+    if how.startswith("expand_"):
+        dim = int(how.removeprefix("expand_"))
+        return t.narrow(dim, 0, min(1, t.shape[dim])).expand_as(t)
+    assert how == "plain", how
+    return t.contiguous()
+
+
+class Operands(NamedTuple):
+    """Makes a case's random operands: float64 from its own generator, rounded, moved, laid out."""
+
+    random: torch.Generator
+    dtype: torch.dtype
+    device: Device
+
+    def normal(self, *shape: int, how: str = "plain", dtype: torch.dtype | None = None) -> Tensor:
+        """Standard normal."""
+        made = torch.randn(*shape, generator=self.random, dtype=torch.float64)
+        return laid_out(made.to(dtype or self.dtype).to(self.device), how)
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        """The dtype of logsumexp and its gradient."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+def stored_entries(pattern: BlockPattern) -> Tensor:
+    """bool (S, bm, bn), by slot: which entries the pattern stores."""
+    ones = torch.ones(1, pattern.num_patterns, *pattern.shape, device=pattern.device)
+    return sample(ones, pattern)[0] != 0
+
+
+def unread(pattern: BlockPattern) -> tuple[Tensor, Tensor]:
+    """bool (P, M) and (P, N): rows and columns in which no block is stored."""
+    (m, n), (bm, bn) = pattern.shape, pattern.block_size
+    rows = (pattern.crow_indices.diff(dim=-1) == 0).repeat_interleave(bm, 1)[:, :m]
+    columns = (pattern.ccol_indices.diff(dim=-1) == 0).repeat_interleave(bn, 1)[:, :n]
+    return rows, columns
+
+
+# --- block_matmul, sddmm, block_softmax -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCase:
+    """What the ops on values share; `width` is the dense operand's free size (matmul) or the contracted one (sddmm).
+
+    `poison` puts NaN where no stored block reads; `share` gives values a batch of one; `factor` scales scores.
+    """
+
+    name: str
+    stored: Stored
+    batch: int = 1
+    width: int = 24
+    values: str = "plain"
+    dense: str = "plain"
+    share: bool = False
+    flip: bool = False
+    poison: bool = False
+    factor: float = 1.0
+    small: bool = False
+
+    def begin(
+        self, op: str, dtype: torch.dtype, device: Device
+    ) -> tuple[Operands, BlockPattern, Tensor]:
+        """The generator of operands, the pattern, and values (B or 1, S, bm, bn), 0 where nothing is stored."""
+        random = random_source(f"{op} {self.name}")
+        make = Operands(random, dtype, device)
+        pattern = make_pattern(self.stored, random, device)
+        shape = (1 if self.share else self.batch, pattern.num_blocks, *pattern.block_size)
+        values = make.normal(*shape) * self.factor * stored_entries(pattern)
+        return make, pattern, laid_out(values, self.values)
+
+    def case(self, op: str, build: Callable[[BlockCase, torch.dtype, Device], Call]) -> Case:
+        """This case for one op."""
+        return Case(
+            self.name,
+            lambda dtype, device: build(self, dtype, device),
+            self.small,
+            self.stored.block,
+            0,
+        )
+
+
+BLOCK_CASES = [
+    BlockCase("block16", Stored((80, 96), (16, 16)), batch=3, small=True),
+    BlockCase("ragged", Stored((75, 110), (32, 32)), width=33, dense="mT", small=True),
+    BlockCase("block64", Stored((192, 128), (64, 64)), width=17, values="step", dense="step"),
+    BlockCase("block128", Stored((300, 260), (128, 128)), batch=3, width=70, share=True),
+    BlockCase("rectangular_16x32", Stored((70, 96), (16, 32), 2), batch=2, flip=True, small=True),
+    BlockCase("rectangular_64x16", Stored((192, 90), (64, 16), 3), dense="expand_0", batch=3, flip=True),
+    BlockCase(
+        "transposed_partial",
+        Stored((96, 70), (32, 16), 2, tiles=True, transposed=True),
+        width=40,
+        values="mT",
+        small=True,
+    ),
+    BlockCase("transposed_64", Stored((190, 200), (64, 64), 3, transposed=True), 2, 130, flip=True),
+    BlockCase("partial", Stored((100, 84), (32, 32), 2, tiles=True), dense="step", small=True),
+    BlockCase("partial_128", Stored((200, 190), (64, 128), tiles=True), batch=2, values="offset"),
+    BlockCase("counts", Stored((64, 80), (16, 16), 2, counts=True), batch=2, small=True),
+    BlockCase("partial_counts", Stored((90, 100), (32, 16), 2, tiles=True, counts=True), flip=True),
+    BlockCase("no_block", Stored((64, 64), (16, 16), blocks="none"), small=True),
+    BlockCase("gaps", Stored((80, 112), (16, 16), 2, blocks="gaps"), batch=2, small=True),
+    BlockCase("unread_nan", Stored((112, 80), (16, 16), 2, blocks="gaps"), poison=True, small=True),
+    BlockCase("all_stored", Stored((64, 96), (32, 32), blocks="all"), width=65, values="expand_0"),
+    BlockCase("batch_0", Stored((64, 48), (16, 16)), batch=0, small=True),
+    BlockCase("width_1", Stored((80, 70), (16, 16)), batch=2, width=1),
+    BlockCase("width_0", Stored((64, 48), (16, 16)), width=0, small=True),
+    BlockCase("wide", Stored((130, 140), (64, 64)), width=333, dense="offset"),
+    BlockCase("expanded_gradient", Stored((96, 64), (32, 32)), batch=2, dense="expand_-1"),
+    BlockCase("large_scores", Stored((64, 200), (16, 32)), factor=30.0, small=True),
+    BlockCase("block5", Stored((33, 41), (5, 5), 2, tiles=True), batch=2, width=9),
+    BlockCase("block24", Stored((100, 90), (24, 24)), dense="mT"),
+    BlockCase("rectangular_5x48", Stored((52, 100), (5, 48), tiles=True, transposed=True)),
+]
+
+
+def build_block_matmul(case: BlockCase, dtype: torch.dtype, device: Device) -> Call:
+    """`flip` asks for a transposed output."""
+    make, pattern, values = case.begin("block_matmul", dtype, device)
+    k = pattern.shape[1]
+    x = make.normal(case.batch, pattern.num_patterns, k, case.width, how=case.dense)
+    if case.poison:
+        x = x.masked_fill(unread(pattern)[1][None, :, :, None], math.nan)
+    return Call((values, pattern, x), {"transposed_output": case.flip})
+
+
+def build_sddmm(case: BlockCase, dtype: torch.dtype, device: Device) -> Call:
+    """`dense` gives a's strides, `values` b's."""
+    make, pattern, _ = case.begin("sddmm", dtype, device)
+    (m, n), lead = pattern.shape, pattern.num_patterns
+    a = make.normal(case.batch, lead, m, case.width, how=case.dense)
+    b = make.normal(case.batch, lead, case.width, n, how=case.values)
+    if case.poison:
+        rows, columns = unread(pattern)
+        a = a.masked_fill(rows[None, :, :, None], math.nan)
+        b = b.masked_fill(columns[None, :, None, :], math.nan)
+    return Call((a, b, pattern), {})
+
+
+def build_block_softmax(case: BlockCase, dtype: torch.dtype, device: Device) -> Call:
+    """`flip` asks for the logarithm."""
+    _, pattern, values = case.begin("block_softmax", dtype, device)
+    return Call((values, pattern), {"log": case.flip})
+
+
+def build_block_softmax_backward(case: BlockCase, dtype: torch.dtype, device: Device) -> Call:
+    """The forward's result is the reference's, rounded; `dense` gives the gradient's strides."""
+    make, pattern, values = case.begin("block_softmax", dtype, device)
+    out = softmax_reference.block_softmax(values.double(), pattern, log=case.flip).to(dtype)
+    grad = make.normal(*values.shape, how=case.dense)
+    return Call((grad, laid_out(out, case.values), pattern), {"log": case.flip})
+
+
+# --- block_attention --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCase:
+    """Operands of attention.
+
+    `heads_read`: which list set a head reads: "one" (all the first), "own" (head by head), "kv" (by KV head) or "sample" (drawn for
+    every sample and head). `bias`: None, "shared" (by heads that share a pattern, and by samples) or "own". `poison` puts NaN into k and v where
+    no head reads. `how` gives the strides of q, k, v and dout. `queries` below the mask's rows are its last ones.
+    """
+
+    name: str
+    stored: Stored
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int | None = None
+    queries: int | None = None
+    head_dim: int = 32
+    value_dim: int | None = None
+    heads_read: str = "one"
+    how: tuple[str, str, str, str] = ("plain",) * 4
+    scale: float | None = None
+    factor: float = 1.0
+    bias: str | None = None
+    dropout: float = 0.0
+    dlse: bool = True
+    poison: bool = False
+    small: bool = False
+
+    def head_map(self, random: torch.Generator) -> Tensor:
+        """int32 (B or 1, H)."""
+        lists, kv_heads = self.stored.patterns, self.kv_heads or self.heads
+        if self.heads_read == "sample":
+            drawn = torch.randint(0, lists, (self.batch, self.heads), generator=random)
+            return drawn.int()
+        if self.heads_read == "kv":
+            own = torch.arange(kv_heads).repeat_interleave(self.heads // kv_heads)
+        elif self.heads_read == "own":
+            own = torch.arange(self.heads)
+        else:
+            own = torch.zeros(self.heads)
+        return (own[None] % lists).int()
+
+    def build_forward(self, dtype: torch.dtype, device: Device) -> Call:
+        """A call of block_attention."""
+        return self._build(dtype, device)[0]
+
+    def build_backward(self, dtype: torch.dtype, device: Device) -> Call:
+        """A call of block_attention_backward; the forward's results are the reference's, rounded."""
+        forward, make = self._build(dtype, device)
+        clean = forward.map(lambda t: t.double().nan_to_num(0.0))
+        out, lse = attention_reference.block_attention(*clean.args, **clean.kwargs)
+        q, k, v, pattern, head_map = forward.args
+        dout = make.normal(*out.shape, how=self.how[3])
+        dlse = make.normal(*lse.shape, dtype=make.accumulator) if self.dlse else None
+        kwargs = dict(forward.kwargs)
+        if self.bias is not None:
+            kwargs["dbias_base"], kwargs["dbias_blocks"] = own_slots(pattern, head_map)
+        results = (out.to(dtype), lse.to(make.accumulator))
+        return Call((dout, dlse, q, k, v, *results, pattern, head_map), kwargs)
+
+    def _build(self, dtype: torch.dtype, device: Device) -> tuple[Call, Operands]:
+        random = random_source(f"block_attention {self.name}")
+        make = Operands(random, dtype, device)
+        pattern = make_pattern(self.stored, random, device)
+        head_map = self.head_map(random).to(device)
+        (m, n), kv_heads = self.stored.shape, self.kv_heads or self.heads
+        nq = m if self.queries is None else self.queries
+        value_dim = self.head_dim if self.value_dim is None else self.value_dim
+        q = make.normal(self.batch, self.heads, nq, self.head_dim)
+        q = laid_out(q * self.factor, self.how[0])
+        k = make.normal(self.batch, kv_heads, n, self.head_dim, how=self.how[1])
+        v = make.normal(self.batch, kv_heads, n, value_dim, how=self.how[2])
+        if self.poison:
+            nobody = unread(pattern)[1][head_map.long()]  # (B or 1, H, N)
+            nobody = nobody.unflatten(1, (kv_heads, -1)).all(2)[..., None]
+            k, v = k.masked_fill(nobody, math.nan), v.masked_fill(nobody, math.nan)
+        scale = 1.0 / math.sqrt(max(self.head_dim, 1)) if self.scale is None else self.scale
+        kwargs: dict[str, Any] = {"scale": scale}
+        if self.dropout:
+            kwargs["dropout_p"] = self.dropout
+            kwargs["seed"] = torch.tensor([0x1234_5678_9ABC], dtype=torch.int64, device=device)
+        if self.bias is not None:
+            samples = 1
+            if self.bias == "shared":
+                base, slots = pattern.crow_indices[:, 0].long()[head_map.long()], pattern.num_blocks
+            else:
+                base, slots = own_slots(pattern, head_map)
+                samples = self.batch if head_map.shape[0] == 1 else 1
+            kwargs["bias"] = make.normal(samples, slots, *pattern.block_size)
+            kwargs["bias_base"] = base
+        return Call((q, k, v, pattern, head_map), kwargs), make
+
+    def case(self, op: str) -> Case:
+        """This case for the forward or the backward op."""
+        build = self.build_backward if op.endswith("backward") else self.build_forward
+        head_dim = max(self.head_dim, self.value_dim or 0)
+        return Case(self.name, build, self.small, self.stored.block, head_dim)
+
+
+def own_slots(pattern: BlockPattern, head_map: Tensor) -> tuple[Tensor, int]:
+    """(B or 1, H) int64 and their number: slots that no head and, with a pattern a sample, no sample shares."""
+    lengths = (pattern.crow_indices[:, -1] - pattern.crow_indices[:, 0]).long()
+    lengths = lengths[head_map.long()]
+    ends = lengths.flatten().cumsum(0).view(lengths.shape)
+    return ends - lengths, int(ends[-1, -1]) if ends.numel() else 0
+
+
+CAUSAL_50 = Stored((50, 50), (16, 16), blocks="causal")
+STRIDED = ("mT", "step", "mT", "step")
+TOKENS_FIRST = ("heads_last",) * 4
+
+ATTENTION_CASES = [
+    AttentionCase("causal", CAUSAL_50, head_dim=16, small=True),
+    AttentionCase("no_lse_gradient", CAUSAL_50, batch=2, dlse=False, how=TOKENS_FIRST, small=True),
+    AttentionCase(
+        "strided", Stored((80, 75), (32, 32), 2), heads_read="own", head_dim=24, how=STRIDED, small=True
+    ),
+    AttentionCase(
+        "grouped_heads",
+        Stored((64, 64), (16, 16), 4, tiles=True),
+        heads=4,
+        kv_heads=2,
+        heads_read="own",
+        how=TOKENS_FIRST,
+        small=True,
+    ),
+    AttentionCase(
+        "one_kv_head", Stored((130, 130), (64, 64), 4, blocks="gaps"), 3, 4, 1, heads_read="own", head_dim=64
+    ),
+    AttentionCase(
+        "pattern_by_kv_head", Stored((96, 96), (32, 32), 2), 2, 4, 2, heads_read="kv", head_dim=40
+    ),
+    AttentionCase(
+        "pattern_by_sample", Stored((64, 96), (32, 32), 3, tiles=True), 3, heads_read="sample", small=True
+    ),
+    AttentionCase(
+        "last_queries",
+        Stored((203, 203), (32, 32), blocks="causal"),
+        queries=37,
+        head_dim=16,
+        small=True,
+    ),
+    AttentionCase(
+        "last_queries_64", Stored((300, 260), (64, 64), 2), 2, queries=101, heads_read="own", head_dim=64
+    ),
+    AttentionCase("last_query", Stored((140, 140), (16, 16), tiles=True), batch=3, queries=1),
+    AttentionCase("no_query", CAUSAL_50, queries=0, small=True),
+    AttentionCase("head_size_80", Stored((150, 150), (64, 64), blocks="causal"), head_dim=80),
+    AttentionCase("head_size_96_40", Stored((90, 120), (32, 32)), head_dim=96, value_dim=40),
+    AttentionCase("head_size_24_72", Stored((60, 60), (16, 16)), head_dim=24, value_dim=72, small=True),
+    AttentionCase("head_size_128", Stored((300, 270), (128, 128), tiles=True), heads=1, head_dim=128),
+    AttentionCase("head_size_256", Stored((140, 130), (64, 64), blocks="causal"), heads=1, head_dim=256),
+    AttentionCase("rectangular_16x32", Stored((70, 100), (16, 32), 2), heads_read="own", small=True),
+    AttentionCase("rectangular_64x16", Stored((150, 90), (64, 16)), 2, head_dim=64, queries=93),
+    AttentionCase("rectangular_128x32", Stored((260, 100), (128, 32), tiles=True), head_dim=64),
+    AttentionCase(
+        "transposed",
+        Stored((90, 64), (32, 16), 2, tiles=True, transposed=True),
+        heads_read="own",
+        bias="own",
+        small=True,
+    ),
+    AttentionCase("partial_128", Stored((250, 200), (128, 128), 2, tiles=True), heads_read="own"),
+    AttentionCase(
+        "counts", Stored((64, 80), (16, 16), 2, counts=True), heads_read="own", small=True
+    ),
+    AttentionCase("partial_counts", Stored((150, 128), (64, 64), tiles=True, counts=True), batch=2),
+    AttentionCase("no_block", Stored((64, 64), (16, 16), blocks="none"), bias="own", small=True),
+    AttentionCase("gaps", Stored((112, 112), (16, 16), 2, blocks="gaps"), 2, heads_read="own"),
+    AttentionCase(
+        "unread_nan",
+        Stored((80, 112), (16, 16), 2, blocks="gaps"),
+        heads=4,
+        kv_heads=2,
+        heads_read="kv",
+        poison=True,
+        small=True,
+    ),
+    AttentionCase("all_stored", Stored((96, 64), (32, 32), blocks="all"), how=("offset",) * 4),
+    AttentionCase("batch_0", CAUSAL_50, batch=0, bias="own", small=True),
+    AttentionCase("scale", Stored((64, 64), (32, 32)), scale=0.7, head_dim=16),
+    AttentionCase("large_scores", Stored((64, 130), (32, 64)), factor=12.0, head_dim=64),
+    AttentionCase(
+        "expanded", CAUSAL_50, 3, 4, how=("expand_0", "expand_1", "expand_0", "expand_-1"), small=True
+    ),
+    AttentionCase("shared_bias", CAUSAL_50, batch=2, bias="shared", small=True),
+    AttentionCase(
+        "own_bias", Stored((130, 130), (64, 64), 2, tiles=True), 2, 4, 2, heads_read="own", bias="own"
+    ),
+    AttentionCase(
+        "bias_by_sample", Stored((64, 64), (16, 16), 3), 2, heads_read="sample", bias="own", queries=41
+    ),
+    AttentionCase("dropout", CAUSAL_50, batch=2, dropout=0.3, small=True),
+    AttentionCase("dropout_64", Stored((200, 150), (64, 64)), 2, dropout=0.1, head_dim=64, queries=77),
+    AttentionCase(
+        "everything",
+        Stored((118, 128), (32, 64), 3, tiles=True, counts=True),
+        2,
+        4,
+        2,
+        95,
+        48,
+        heads_read="sample",
+        bias="own",
+        dropout=0.25,
+        how=STRIDED,
+        small=True,
+    ),
+    AttentionCase(
+        "block5", Stored((33, 41), (5, 5), 2, tiles=True), 2, heads_read="own", dropout=0.2, bias="own"
+    ),
+    AttentionCase("block24", Stored((100, 90), (24, 24), counts=True), queries=59, dropout=0.2),
+]
+
+
+OPS: dict[str, list[Case]] = {
+    "block_matmul": [c.case("block_matmul", build_block_matmul) for c in BLOCK_CASES],
+    "sddmm": [c.case("sddmm", build_sddmm) for c in BLOCK_CASES],
+    "block_softmax": [c.case("block_softmax", build_block_softmax) for c in BLOCK_CASES],
+    "block_softmax_backward": [
+        c.case("block_softmax_backward", build_block_softmax_backward) for c in BLOCK_CASES
+    ],
+    "block_attention": [c.case("block_attention") for c in ATTENTION_CASES],
+    "block_attention_backward": [c.case("block_attention_backward") for c in ATTENTION_CASES],
+}

@@ -1,0 +1,201 @@
+"""Small instances of every layout, by discovery.
+
+A public layout class with a classmethod `from_dense` is tested as it is. One that is made in other
+ways has a line in `EXAMPLES`; without either, `test_every_layout_has_examples` fails.
+
+Fixtures: `layout` is each instance with values (float64), `mask` each mask, `block_layout` each
+instance on blocks; `assert_close` compares with a derived tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparse_layouts as sl
+
+F64 = torch.float64
+Make = Callable[[], sl.LayoutTensor]
+
+
+class DiagonalTensor(sl.LayoutTensor):
+    """A user's own layout, as short as one can be: only the fallback and the base class serve it."""
+
+    fields = ("entries",)
+
+    @classmethod
+    def from_dense(cls, dense: Tensor) -> DiagonalTensor:
+        size = min(dense.shape)
+        return cls(dense[:size, :size].diagonal().clone(), shape=(size, size))
+
+    def to_dense_entries(self) -> Tensor:
+        return torch.diag(self.inner_entries)
+
+
+# --- values -----------------------------------------------------------------------------------------
+
+
+def dense_blocks(*lead: int, keep: float = 0.5, block: tuple[int, int] = (4, 8)) -> Tensor:
+    """float64 (*lead, 24, 40), about `keep` of its blocks random and the others zero."""
+    bm, bn = block
+    kept = torch.rand(*lead, 24 // bm, 40 // bn) < keep
+    spread = kept.repeat_interleave(bm, -2).repeat_interleave(bn, -1)
+    return torch.randn(*lead, 24, 40, dtype=F64) * spread
+
+
+def empty_row() -> sl.BSRTensor:
+    dense = dense_blocks(keep=1.0)
+    dense[4:8] = 0
+    return sl.bsr(dense, (4, 8))
+
+
+def on_mask(mask: sl.BSRTensor, *batch: int) -> sl.BSRTensor:
+    """Random values on a mask; the bit tiles of partial blocks hold zeros."""
+    return torch.randn(*batch, *mask.shape, dtype=F64).sparse_mask(mask)
+
+
+def shared_heads() -> sl.LocalStrideTensor:
+    """Heads 0 and 2 have equal patterns, and the block does not divide the length."""
+    return sl.local_stride(30, block_size=8, local_blocks=1, vert_stride=2, num_heads=4)
+
+
+BSR_VALUES: dict[str, Make] = {
+    "matrix": lambda: sl.bsr(dense_blocks(), (4, 8)),
+    "heads": lambda: sl.bsr(dense_blocks(3), (4, 8)),
+    "batch": lambda: on_mask(sl.bsr(dense_blocks(), (4, 8)).pattern, 2),
+    "batch-heads": lambda: on_mask(sl.bsr(dense_blocks(3), (4, 8)).pattern, 2),
+    "partial": lambda: on_mask(sl.causal(30, block_size=8)),
+    "ragged": lambda: on_mask(sl.mask_from(torch.rand(21, 30) < 0.3, (4, 8))),
+    "scores": lambda: sl.sddmm(
+        torch.randn(2, 1, 30, 3, dtype=F64), torch.randn(2, 4, 3, 30, dtype=F64), shared_heads()
+    ),
+    "transposed": lambda: sl.bsr(dense_blocks(), (4, 8)).mT,
+    "transposed-partial": lambda: on_mask(sl.causal(30, block_size=8)).mT,
+    "no-block": lambda: sl.bsr(torch.zeros(24, 40, dtype=F64), (4, 8)),
+    "empty-row": empty_row,
+    "all-stored": lambda: sl.bsr(dense_blocks(keep=1.0), (4, 8)),
+    "no-sample": lambda: on_mask(sl.bsr(dense_blocks(), (4, 8)).pattern, 0),
+    "no-row": lambda: sl.bsr(torch.zeros(0, 40, dtype=F64), (4, 8)),
+}
+LOCAL_STRIDE_VALUES: dict[str, Make] = {
+    "matrix": lambda: on_mask(sl.local_stride(30, block_size=8, local_blocks=1, vert_stride=2)),
+    "heads": lambda: on_mask(shared_heads().own_heads()),
+}
+
+# --- masks ------------------------------------------------------------------------------------------
+
+BSR_MASKS: dict[str, Make] = {
+    "blocks": lambda: sl.bsr_mask(torch.rand(6, 5) < 0.5, (4, 8)),
+    "counts": lambda: sl.bsr_mask(torch.randint(3, (6, 5)), (4, 8)),
+    "equal-heads": lambda: sl.bsr_mask((torch.rand(2, 6, 5) < 0.5)[[0, 1, 0]], (4, 8)),
+    "causal": lambda: sl.causal(30, block_size=8),
+    "ragged": lambda: sl.mask_from(torch.rand(2, 21, 30) < 0.3, (4, 8)),
+    "documents": lambda: sl.document([[0, 7, 30], [0, 30, 30]], block_size=8),
+    "transposed": lambda: sl.causal(30, block_size=8).mT,
+    "no-block": lambda: sl.bsr_mask(torch.zeros(6, 5, dtype=torch.bool), (4, 8)),
+    "all-stored": lambda: sl.bsr_mask(torch.ones(6, 5, dtype=torch.bool), (4, 8)),
+    "no-token": lambda: sl.causal(0, block_size=8),
+}
+LOCAL_STRIDE_MASKS: dict[str, Make] = {
+    "matrix": lambda: sl.local_stride(30, block_size=8, local_blocks=1, vert_stride=2),
+    "heads": shared_heads,
+}
+
+# class -> (instances with values, masks)
+EXAMPLES: dict[type, tuple[dict[str, Make], dict[str, Make]]] = {
+    sl.BSRTensor: (BSR_VALUES, BSR_MASKS),
+    sl.LocalStrideTensor: (LOCAL_STRIDE_VALUES, LOCAL_STRIDE_MASKS),
+}
+
+
+def subclasses(cls: type) -> Iterator[type]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from subclasses(child)
+
+
+def library_layouts() -> list[type]:
+    """Every layout class that importing the library makes known."""
+    return [c for c in subclasses(sl.LayoutTensor) if c.__module__.startswith("sparse_layouts.")]
+
+
+def examples_of(cls: type) -> tuple[dict[str, Make], dict[str, Make]]:
+    """A class's instances; of a class without a line of its own, from dense matrices."""
+    if cls in EXAMPLES:
+        return EXAMPLES[cls]
+    from_dense = getattr(cls, "from_dense", None)
+    if from_dense is None:
+        return {}, {}
+    return {
+        "random": lambda: from_dense(dense_blocks()),
+        "zeros": lambda: from_dense(torch.zeros(24, 40, dtype=F64)),
+        "all-stored": lambda: from_dense(dense_blocks(keep=1.0)),
+    }, {}
+
+
+def layouts_without_examples() -> list[str]:
+    return [cls.__name__ for cls in library_layouts() if not examples_of(cls)[0]]
+
+
+def parameters(masks: bool, base: type = sl.LayoutTensor) -> list[object]:
+    classes = [c for c in [*library_layouts(), DiagonalTensor] if issubclass(c, base)]
+    return [
+        pytest.param(make, id=f"{cls.__name__}-{name}")
+        for cls in classes
+        for name, make in examples_of(cls)[masks].items()
+    ]
+
+
+@pytest.fixture(params=parameters(masks=False))
+def layout(request: pytest.FixtureRequest, fixed_seeds: None) -> sl.LayoutTensor:
+    """Each layout with values, a leaf without gradient."""
+    return request.param()
+
+
+@pytest.fixture(params=parameters(masks=False, base=sl.BSRTensor))
+def block_layout(request: pytest.FixtureRequest, fixed_seeds: None) -> sl.BSRTensor:
+    """Each layout with values on blocks."""
+    return request.param()
+
+
+@pytest.fixture(params=parameters(masks=True))
+def mask(request: pytest.FixtureRequest, fixed_seeds: None) -> sl.BSRTensor:
+    """Each mask layout."""
+    return request.param()
+
+
+@pytest.fixture
+def small() -> sl.BSRTensor:
+    """One matrix of blocks (24, 40), half of them stored."""
+    return BSR_VALUES["matrix"]()
+
+
+@pytest.fixture
+def find_layouts_without_examples() -> Callable[[], list[str]]:
+    return layouts_without_examples
+
+
+@pytest.fixture
+def random_blocks() -> Callable[..., Tensor]:
+    """`dense_blocks`: a dense (*lead, 24, 40) matrix, part of its blocks zero."""
+    return dense_blocks
+
+
+@pytest.fixture
+def assert_close() -> Callable[..., None]:
+    def check(actual: Tensor, expected: Tensor, *, scale: float | None = None) -> None:
+        """Equal up to a few roundings: 8 eps times the norm of what was expected, or `scale`."""
+        assert type(actual) is Tensor or isinstance(actual, sl.LayoutTensor)
+        actual = actual.to_dense() if isinstance(actual, sl.LayoutTensor) else actual
+        expected = expected.to_dense() if isinstance(expected, sl.LayoutTensor) else expected
+        assert actual.dtype == expected.dtype
+        tolerance = 0.0
+        if expected.is_floating_point():
+            norm = expected.detach().nan_to_num(0, 0, 0).norm().item() if scale is None else scale
+            tolerance = 8 * torch.finfo(expected.dtype).eps * norm
+        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, equal_nan=True)
+
+    return check
