@@ -8,6 +8,7 @@ from sparse_layouts.dispatch.fallback import (
     DenseFallbackError,
     DenseFallbackWarning,
     fall_back,
+    permit,
 )
 from sparse_layouts.dispatch.kernel_table import (
     Facts,
@@ -22,7 +23,7 @@ from sparse_layouts.dispatch.kernel_table import (
 from sparse_layouts.dispatch.layout import Layout, dense_bytes
 from sparse_layouts.dispatch.routes import Route, Use, call_route, route
 from sparse_layouts.dispatch.settings import Settings, current, fallback, kernel_choice, restored
-from sparse_layouts.dispatch.tracing import Step, Trace, trace
+from sparse_layouts.dispatch.tracing import Step, Trace, record, trace
 
 __all__ = [
     "DenseFallbackError",
@@ -48,6 +49,8 @@ __all__ = [
     "kernel",
     "kernel_choice",
     "kernels_of",
+    "permit",
+    "record",
     "register_kernel",
     "restored",
     "route",

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import scipy.sparse
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -177,6 +176,8 @@ def _columns_of_one(
     crow: np.ndarray, columns: np.ndarray, num_block_columns: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(ccol + the pattern's first entry, rows, positions) of one pattern, int32."""
+    import scipy.sparse  # 100 ms, so not when the library is imported
+
     first, last = int(crow[0]), int(crow[-1])
     positions = np.arange(first, last, dtype=np.int32)
     matrix = scipy.sparse.csr_matrix(

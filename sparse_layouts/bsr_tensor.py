@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.sparse
 import torch
 from torch import Tensor
 
@@ -241,11 +240,11 @@ class BSRTensor(LayoutTensor):
             return make(crow - crow[0], p.col_indices[first:last], flat[b, slots[first:last]])
 
         made = [one(b, h) for b in range(flat.shape[0]) for h in range(math.prod(p.lead))]
-        for size in reversed((*batch, *p.lead)):
-            made = [made[i : i + size] for i in range(0, len(made), size)] if size else []
-        return made[0]
+        return _nested(made, (*batch, *p.lead))
 
     def _one_scipy(self, crow: Tensor, col: Tensor, values: Tensor) -> Any:
+        import scipy.sparse
+
         (m, n), (mb, nb) = self.block_pattern.shape, self.block_pattern.grid
         bm, bn = self.block_size
         data = values.float() if values.dtype == torch.bfloat16 else values
@@ -305,6 +304,14 @@ class BSRTensor(LayoutTensor):
         return BSRTensor.on_pattern(
             None if values is None else values.mT, transpose_pattern(self.block_pattern)
         )
+
+
+def _nested(items: list[Any], sizes: tuple[int, ...]) -> Any:
+    """Items in row-major order as lists of these sizes; without sizes the one item itself."""
+    if not sizes:
+        return items[0]
+    step = len(items) // max(sizes[0], 1)
+    return [_nested(items[i * step : (i + 1) * step], sizes[1:]) for i in range(sizes[0])]
 
 
 def _mask_values(pattern: BlockPattern) -> Tensor:

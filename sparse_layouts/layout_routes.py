@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_layouts.bsr_tensor import BSRTensor
-from sparse_layouts.dispatch import route
+from sparse_layouts.dispatch import dense_bytes, facts_of, permit, record, route
 from sparse_layouts.layout_autograd import as_layout, sampled, values_of, with_values
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.mask_algebra import select
@@ -167,3 +167,32 @@ def norm_of_entries(input: LayoutTensor, p: Any = None, dim: Any = None, keepdim
     if rest:
         return NotImplemented
     return torch.linalg.vector_norm(values_of(input), order, dtype=dtype)
+
+
+def _softmax_densely(layout: LayoutTensor, dim: int, dtype: torch.dtype | None, log: bool) -> LayoutTensor:
+    """softmax over the stored entries of any layout, by densifying: what is not stored is -inf, and stays out of the result."""
+    name = "log_softmax" if log else "softmax"
+    values = layout.stored_values
+    if values is None:
+        raise TypeError(f"{name}: a mask layout has no values")
+    cost = 3 * dense_bytes(layout)  # the scores, which of them are stored, the result
+    what = f"{name} of a {type(layout).__name__} has no kernel; computing it densely, over the stored entries."
+    permit(what, cost, layout.device.type, name)
+    record(name, "dense fallback", facts_of(values), cost)
+    stored = layout.like_self(torch.ones_like(values)).to_dense_entries() != 0
+    scores = layout.to_dense().masked_fill(~stored, -torch.inf)
+    empty = ~stored.any(dim, keepdim=True)
+    out = (torch.log_softmax if log else torch.softmax)(scores.masked_fill(empty, 0.0), dim, dtype=dtype)
+    return sampled(out, layout)
+
+
+@route(torch.softmax, input=LayoutTensor)
+def softmax_of_entries(input: LayoutTensor, dim: int, dtype: torch.dtype | None = None) -> LayoutTensor:
+    """`torch.softmax(w, dim)` of any layout: over the stored entries, in the layout; dense inside."""
+    return _softmax_densely(input, dim, dtype, False)
+
+
+@route(torch.log_softmax, input=LayoutTensor)
+def log_softmax_of_entries(input: LayoutTensor, dim: int, dtype: torch.dtype | None = None) -> LayoutTensor:
+    """`torch.log_softmax(w, dim)` of any layout, likewise."""
+    return _softmax_densely(input, dim, dtype, True)

@@ -161,6 +161,19 @@ class LayoutTensor(torch.Tensor, Layout):
             dense = self.to_dense_entries()
         return dense if dtype is None else dense.to(dtype)
 
+    def to_scipy(self) -> Any:
+        """The matrix as `scipy.sparse.csr_array`, by way of the dense one unless the layout knows better; 2-D only."""
+        import scipy.sparse
+
+        dense = self.to_dense_entries().detach().cpu()
+        if dense.dim() != 2:
+            raise ValueError(f"to_scipy: expected a matrix, got shape {tuple(self.shape)}; convert each one for itself")
+        return scipy.sparse.csr_array(dense.float().numpy() if dense.dtype == torch.bfloat16 else dense.numpy())
+
+    def to_torch_sparse(self) -> Tensor:
+        """The matrix as a `torch.sparse_csr` tensor, by way of the dense one unless the layout knows better."""
+        return self.to_dense_entries().detach().to_sparse_csr()
+
     @property
     def nnz(self) -> int:
         """Stored entries."""

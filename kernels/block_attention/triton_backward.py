@@ -18,10 +18,12 @@ from sparse_layouts.kernels.block_attention.tile_schedule import tile_schedule
 from sparse_layouts.kernels.block_attention.triton_common import (
     TYPE_NAMES,
     Tiles,
+    choose,
     dropout_keep,
     padded_head_dim,
     precision,
     schedule_operands,
+    shared_memory_kb,
     shared_strides,
     signature,
     slot_blocks,
@@ -70,7 +72,7 @@ def attention_row_terms(
 
 @triton.jit(do_not_specialize=["heads", "group", "num_groups", "num_tiles", "stride_terms", "row_offset", "num_queries", "num_keys", "threshold"])  # fmt: skip
 def attention_backward_columns(
-    q, k_ptr, v_ptr, dout, dk_ptr, dv_ptr, lse2_ptr, delta_ptr, head_map_ptr,
+    q, k_ptr, v_ptr, dout, dk_ptr, dv_ptr, lse2, delta, head_map_ptr,
     starts_ptr, plain_ptr, chunks_ptr, order_ptr, columns_ptr, block_tiles_ptr, log_counts_ptr, positions_ptr,
     tiles_ptr, bias_ptr, bias_base_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
@@ -126,6 +128,7 @@ def attention_backward_columns(
     # with 16-bit operands the tensor cores add what is subtracted from scores and from dp: fewer registers are held
     FOLD: tl.constexpr = PRECISION == "tf32" and not DROPOUT
     scale2 = tl.where(scale == 0, 1e-30, scale * LOG2E)
+    unscale = 1.0 / scale2
 
     dk = tl.zeros([TN, D], tl.float32)
     dv = tl.zeros([TN, DV], tl.float32)
@@ -170,19 +173,19 @@ def attention_backward_columns(
                     dout_head + query64 * stride_gm + (offs_dv * stride_gd)[None, :], mask=mask_g, other=0.0
                 )
             if TMA:
-                lse2 = lse2_ptr.load([batch, head, first_query]).reshape([TM])
-                delta = delta_ptr.load([batch, head, first_query]).reshape([TM])
+                lse2_tile = lse2.load([batch, head, first_query]).reshape([TM])
+                delta_tile = delta.load([batch, head, first_query]).reshape([TM])
             else:
-                lse2 = tl.load(lse2_ptr + terms + query, mask=mask_m, other=float("inf"))
-                delta = tl.load(delta_ptr + terms + query, mask=mask_m, other=0.0)
+                lse2_tile = tl.load(lse2 + terms + query, mask=mask_m, other=float("inf"))
+                delta_tile = tl.load(delta + terms + query, mask=mask_m, other=0.0)
             s = tl.zeros([TN, TM], tl.float32)
             dp = tl.zeros([TN, TM], tl.float32)
             if FOLD:
-                s -= (lse2 / scale2)[None, :]
-                dp -= delta[None, :]
+                s -= (lse2_tile * unscale)[None, :]
+                dp -= delta_tile[None, :]
             s = tl.dot(k_tile, q_tile.T, s, input_precision=PRECISION) * scale2  # [TN, TM]
             if not FOLD:
-                s -= lse2[None, :]
+                s -= lse2_tile[None, :]
             if bias_ptr is not None:
                 position = tl.load(positions_ptr + slot_index(first, offs_r, offs_m, BN, BM, TN, TM))
                 bias_ptrs = bias_head + position.to(tl.int64) * stride_bias_slot
@@ -204,7 +207,7 @@ def attention_backward_columns(
                 dp = tl.where(keep, dp * keep_scale, 0.0)
             dv = tl.dot(kept.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
             if not FOLD:
-                dp -= delta[None, :]
+                dp -= delta_tile[None, :]
             ds = p * dp
             dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     dk_ptrs = dk_ptr + batch64 * stride_dkb + kv_head64 * stride_dkh
@@ -217,7 +220,7 @@ def attention_backward_columns(
 
 @triton.jit(do_not_specialize=["heads", "group", "num_groups", "num_tiles", "first_tile", "stride_terms", "row_offset", "num_queries", "num_keys", "threshold"])  # fmt: skip
 def attention_backward_rows(
-    q_ptr, k, v, dout_ptr, dq_ptr, dbias_ptr, lse2_ptr, delta_ptr, head_map_ptr,
+    q_ptr, k, v, dout_ptr, dq_ptr, dbias_ptr, lse2, delta, head_map_ptr,
     starts_ptr, plain_ptr, chunks_ptr, order_ptr, columns_ptr, block_tiles_ptr, log_counts_ptr, positions_ptr,
     tiles_ptr, bias_ptr, bias_base_ptr, dbias_base_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
@@ -266,8 +269,8 @@ def attention_backward_rows(
     dout_ptrs = dout_ptr + batch64 * stride_gb + head64 * stride_gh
     dout_tile = tl.load(dout_ptrs + query64 * stride_gm + (offs_dv * stride_gd)[None, :], mask=mask_g, other=0.0)
     terms = (batch64 * heads + head) * stride_terms + query
-    lse2 = tl.load(lse2_ptr + terms, mask=mask_m, other=float("inf"))
-    delta = tl.load(delta_ptr + terms, mask=mask_m, other=0.0)
+    lse2_tile = tl.load(lse2 + terms, mask=mask_m, other=float("inf"))
+    delta_tile = tl.load(delta + terms, mask=mask_m, other=0.0)
     if not TMA:
         k += batch64 * stride_kb + kv_head64 * stride_kh
         v += batch64 * stride_vb + kv_head64 * stride_vh
@@ -309,7 +312,7 @@ def attention_backward_rows(
             bias_ptrs = bias_ptr + position.to(tl.int64) * stride_bias_slot
             bias_ptrs += (in_row * stride_bias_m)[:, None] + (in_column * stride_bias_n)[None, :]
             s += tl.load(bias_ptrs, mask=position >= 0, other=0.0).to(tl.float32) * LOG2E
-        p = tl.math.exp2(s - lse2[:, None])
+        p = tl.math.exp2(s - lse2_tile[:, None])
         if j >= plain:
             if log_counts_ptr is not None:
                 p *= tl.math.exp2(tl.load(log_counts_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN)))
@@ -322,7 +325,7 @@ def attention_backward_rows(
             columns4 = slot_positions(slot_blocks(columns_ptr, first, offs4, BN, TN), part, offs4, BN, TN) // 4
             keep = dropout_keep(seed, threshold, batch, head, offs_m, columns4, TM, TN)
             dp = tl.where(keep, dp * keep_scale, 0.0)
-        ds = p * (dp - delta[:, None])
+        ds = p * (dp - delta_tile[:, None])
         if dbias_ptr is not None:
             dbias_ptrs = dbias_ptr + position.to(tl.int64) * (BM * BN)
             dbias_ptrs += (in_row * BN)[:, None] + in_column[None, :]
@@ -334,22 +337,30 @@ def attention_backward_rows(
     tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_q)
 
 
-def column_tiles(block_size: tuple[int, int], head_dim: int, dtype: torch.dtype) -> Tiles:
-    """The tile for dk and dv: `columns` keys stay, `rows` queries stream."""
-    if dtype == torch.float32:
-        return Tiles(32, 32, 4, 1)
-    if head_dim <= 128:
-        return Tiles(64, 64, 4, 2)
-    return Tiles(32, 64, 8, 1)
-
-
-def row_tiles(block_size: tuple[int, int], head_dim: int, dtype: torch.dtype) -> Tiles:
-    """The tile for dq: `rows` queries stay, `columns` keys stream."""
-    if dtype == torch.float32:
-        return Tiles(32, 32, 4, 1)
-    if head_dim <= 128:
-        return Tiles(64, 64, 4, 2)
-    return Tiles(64, 32, 8, 1)
+# (bytes of an element, head size, KB of shared memory a block may have): tile, the first that fits. Measured on an H200 with
+# local-stride masks (bf16: N 8192, D 128, blocks of 64 and 128; N 4096, D 64 and 256; fp32: N 4096), 2026-11-20.
+# For dk and dv `columns` keys stay and `rows` queries stream.
+COLUMN_TILES = [
+    (2, 128, 99, Tiles(64, 64, 4, 2)),
+    (2, 256, 227, Tiles(64, 64, 8, 2)),
+    (2, 256, 163, Tiles(32, 64, 8, 2)),
+    (2, 256, 99, Tiles(32, 32, 4, 1)),
+    (4, 64, 99, Tiles(32, 32, 4, 1)),
+    (4, 128, 163, Tiles(64, 32, 8, 1)),
+    (4, 128, 99, Tiles(32, 32, 4, 1)),
+    (4, 256, 99, Tiles(32, 16, 4, 1)),
+]
+# For dq `rows` queries stay and `columns` keys stream.
+ROW_TILES = [
+    (2, 128, 99, Tiles(64, 64, 4, 2)),
+    (2, 256, 227, Tiles(128, 32, 8, 2)),
+    (2, 256, 163, Tiles(64, 32, 4, 2)),
+    (2, 256, 99, Tiles(32, 32, 4, 1)),
+    (4, 64, 99, Tiles(64, 32, 4, 1)),
+    (4, 128, 163, Tiles(64, 64, 8, 1)),
+    (4, 128, 99, Tiles(32, 32, 4, 1)),
+    (4, 256, 99, Tiles(16, 32, 4, 1)),
+]
 
 
 def block_attention_backward(
@@ -376,11 +387,10 @@ def block_attention_backward(
     The scores are computed twice, once by columns for dk and dv, once by rows for dq and dbias, so that every gradient is
     added up in one place and in one order.
     """
-    d = padded_head_dim(max(q.shape[-1], v.shape[-1]))
+    case = (q.element_size(), max(q.shape[-1], v.shape[-1]), shared_memory_kb(q.device))
     return launch_backward(
         dout, dlse, q, k, v, out, lse, pattern, head_map, scale, dropout_p, seed, bias, bias_base,
-        dbias_base, dbias_blocks,
-        column_tiles(pattern.block_size, d, q.dtype), row_tiles(pattern.block_size, d, q.dtype),
+        dbias_base, dbias_blocks, choose(COLUMN_TILES, *case), choose(ROW_TILES, *case),
     )  # fmt: skip
 
 
@@ -463,7 +473,9 @@ def launch_backward(
     )
     groups = schedule.chunks.shape[1]
     num_tiles = groups * max(1, bn // by_column.columns)
-    use_tma = tma and bm >= by_column.rows and tma_ready(q) and tma_ready(dout)
+    # a descriptor's rows of terms are read from 16-byte boundaries
+    use_tma = tma and bm >= by_column.rows and (m - nq) % 4 == 0
+    use_tma = use_tma and tma_ready(q) and tma_ready(dout)
     attention_backward_columns[(num_tiles * kv_heads * batch,)](
         tile_descriptor(q, by_column.rows, d) if use_tma else q,
         k,
@@ -561,12 +573,12 @@ def requires(
 
 
 def compilations() -> Iterator[Compilation]:
-    """Every tile of :func:`column_tiles` and :func:`row_tiles`, and every feature once."""
+    """Every tile of the two tables, and every feature once."""
     for case in variants():
         d = padded_head_dim(case.head_dim)
         kind = TYPE_NAMES[case.dtype]
-        size = (case.block, case.block)
-        by_column, by_row = column_tiles(size, d, case.dtype), row_tiles(size, d, case.dtype)
+        chosen = (case.dtype.itemsize, d, case.shared_kb)
+        by_column, by_row = choose(COLUMN_TILES, *chosen), choose(ROW_TILES, *chosen)
         flags = {"BM": case.block, "BN": case.block, "D": d, "DV": d}
         flags["PRECISION"] = precision(case.dtype)
         for kernel, tiles, streamed, length in (
@@ -584,7 +596,7 @@ def compilations() -> Iterator[Compilation]:
             given = dict.fromkeys((*plain, "bias_ptr", "dbias_ptr"), f"*{kind}")
             given |= dict.fromkeys(streamed, descriptor)
             terms = f"tensordesc<fp32[1, 1, {length}]>" if case.tma and "q" in streamed else "*fp32"
-            given |= {"lse2_ptr": terms, "delta_ptr": terms, "log_counts_ptr": "*fp32"}
+            given |= {"lse2": terms, "delta": terms, "log_counts_ptr": "*fp32"}
             given |= dict.fromkeys(("bias_base_ptr", "dbias_base_ptr", "seed_ptr"), "*i64")
             yield Compilation(
                 f"{kernel.__name__}-{case.name}",
@@ -592,7 +604,7 @@ def compilations() -> Iterator[Compilation]:
                 signature(kernel, given, constexprs),
                 constexprs,
                 {"num_warps": tiles.num_warps},
-                90 if case.tma else 80,
+                case.min_capability,
             )
     for dtype, kind in TYPE_NAMES.items():
         constexprs = {"ROWS": 64, "DV": 64} | ({} if dtype == torch.float32 else {"dlse_ptr": None})

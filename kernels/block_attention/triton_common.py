@@ -115,6 +115,25 @@ def dropout_keep(seed, threshold, batch, head, rows, columns4, ROW_TILE: tl.cons
     return words.reshape([ROW_TILE, TILE]) >= threshold.to(tl.uint32)
 
 
+def choose(
+    table: list[tuple[int, int, int, Tiles]], element_bytes: int, head_dim: int, shared_kb: int
+) -> Tiles:
+    """The first tile of a table of (element bytes, largest head size, KB of shared memory, tile) that a case fits."""
+    for entry_bytes, entry_dim, entry_kb, tiles in table:
+        if entry_bytes == element_bytes and head_dim <= entry_dim and entry_kb <= shared_kb:
+            return tiles
+    raise NotImplementedError(
+        f"no tile for {element_bytes}-byte elements, head size {head_dim} and {shared_kb} KB of shared memory"
+    )
+
+
+def shared_memory_kb(device: torch.device) -> int:
+    """KB of shared memory that a block may have on a device; a Hopper GPU's where there is no GPU, for the interpreter."""
+    if device.type != "cuda":
+        return 227
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
+
+
 def padded_head_dim(head_dim: int) -> int:
     """The power of two that a tile holds for a head size."""
     return max(16, triton.next_power_of_2(head_dim))
@@ -222,12 +241,19 @@ class Variant(NamedTuple):
     counts: bool = False
     bias: bool = False
     dropout: bool = False
+    shared_kb: int = 163
+
+    @property
+    def min_capability(self) -> int:
+        """The first compute capability that has the descriptors or the shared memory."""
+        return 90 if self.tma or self.shared_kb > 163 else 80
 
     @property
     def name(self) -> str:
         """As `block64-d128-bf16-tma`."""
         on = [w for w in ("tma", "tiles", "counts", "bias", "dropout") if getattr(self, w)]
-        return "-".join([f"block{self.block}", f"d{self.head_dim}", TYPE_NAMES[self.dtype], *on])
+        kind = TYPE_NAMES[self.dtype]
+        return "-".join([f"block{self.block}", f"d{self.head_dim}", kind, *on, f"{self.shared_kb}kb"])
 
     def absent(self) -> dict[str, None]:
         """The pointers that this case passes None for."""
@@ -242,14 +268,16 @@ TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp3
 
 
 def variants() -> Iterator[Variant]:
-    """The cases to compile: every tile of the configurations, and every feature once."""
+    """The cases to compile: every tile of the tables, and every feature once."""
     bf16, fp16, fp32 = TYPE_NAMES
-    yield Variant(64, 128, bf16, tma=True)
+    yield Variant(64, 128, bf16, tma=True, shared_kb=227)
     for block in (16, 32, 64, 128):
-        for head_dim in (16, 32, 64, 128, 256):
+        for head_dim in (16, 32, 64, 128):
             yield Variant(block, head_dim, bf16)
             yield Variant(block, head_dim, bf16, tma=True)
         yield Variant(block, 64, fp16)
+        yield Variant(block, 256, bf16)
+        yield Variant(block, 256, bf16, tma=True, shared_kb=227)
         for head_dim in (64, 128, 256):
             yield Variant(block, head_dim, fp32)
     yield Variant(64, 80, bf16, tma=True)
@@ -259,3 +287,5 @@ def variants() -> Iterator[Variant]:
     yield Variant(64, 64, bf16, tma=True, bias=True)
     yield Variant(64, 64, bf16, tma=True, dropout=True)
     yield Variant(16, 64, fp16, counts=True, bias=True, dropout=True)
+    for head_dim, dtype in ((128, bf16), (256, bf16), (64, fp32), (128, fp32), (256, fp32)):
+        yield Variant(64, head_dim, dtype, shared_kb=99)

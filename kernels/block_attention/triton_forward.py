@@ -18,10 +18,12 @@ from sparse_layouts.kernels.block_attention.tile_schedule import tile_schedule
 from sparse_layouts.kernels.block_attention.triton_common import (
     TYPE_NAMES,
     Tiles,
+    choose,
     dropout_keep,
     padded_head_dim,
     precision,
     schedule_operands,
+    shared_memory_kb,
     shared_strides,
     signature,
     slot_blocks,
@@ -155,16 +157,19 @@ def attention_forward(
     )
 
 
-def forward_tiles(block_size: tuple[int, int], head_dim: int, dtype: torch.dtype) -> Tiles:
-    """The tile for a block size and padded head size; never a matter of length."""
-    if dtype == torch.float32:
-        return Tiles(64, 32, 4, 2) if head_dim <= 128 else Tiles(32, 32, 4, 2)
-    rows = 128 if block_size[0] >= 64 else 64
-    if head_dim <= 64:
-        return Tiles(rows, 64, 4, 3)
-    if head_dim <= 128:
-        return Tiles(rows, 64, 4, 2)
-    return Tiles(64, 32, 4, 2)
+# (bytes of an element, head size, KB of shared memory a block may have): tile, the first that fits. Measured on an H200 with
+# local-stride masks (bf16: N 8192, D 128, blocks of 64 and 128; N 4096, D 64 and 256; fp32: N 4096), 2026-11-20.
+# Three stages of 64 keys at D 128 take 112 KB: two blocks just fit a multiprocessor, which is what makes them fast.
+FORWARD_TILES = [
+    (2, 64, 99, Tiles(64, 64, 4, 3)),
+    (2, 128, 163, Tiles(64, 64, 4, 3)),
+    (2, 128, 99, Tiles(64, 64, 4, 2)),
+    (2, 256, 99, Tiles(64, 64, 4, 1)),
+    (4, 128, 163, Tiles(128, 32, 8, 2)),
+    (4, 128, 99, Tiles(64, 32, 4, 1)),
+    (4, 256, 163, Tiles(64, 32, 4, 1)),
+    (4, 256, 99, Tiles(16, 32, 4, 1)),
+]
 
 
 def block_attention(
@@ -184,9 +189,8 @@ def block_attention(
 
     After FlashAttention-2 (Dao, arXiv 2307.08691): softmax in base 2, one pass over the stored blocks of a tile of rows.
     """
-    tiles = forward_tiles(
-        pattern.block_size, padded_head_dim(max(q.shape[-1], v.shape[-1])), q.dtype
-    )
+    case = (q.element_size(), max(q.shape[-1], v.shape[-1]), shared_memory_kb(q.device))
+    tiles = choose(FORWARD_TILES, *case)
     return launch_forward(
         q, k, v, pattern, head_map, scale, dropout_p, seed, bias, bias_base, tiles
     )
@@ -286,10 +290,10 @@ def requires(
 
 
 def compilations() -> Iterator[Compilation]:
-    """Every tile of :func:`forward_tiles`, and every feature once."""
+    """Every tile of the table, and every feature once."""
     for case in variants():
         d = padded_head_dim(case.head_dim)
-        tiles = forward_tiles((case.block, case.block), d, case.dtype)
+        tiles = choose(FORWARD_TILES, case.dtype.itemsize, d, case.shared_kb)
         if case.tma and case.block < tiles.columns:
             continue
         kind = TYPE_NAMES[case.dtype]
@@ -315,5 +319,5 @@ def compilations() -> Iterator[Compilation]:
             signature(attention_forward, given, constexprs),
             constexprs,
             {"num_warps": tiles.num_warps},
-            90 if case.tma else 80,
+            case.min_capability,
         )

@@ -88,11 +88,20 @@ def multiply(
         flat = x.reshape(-1, 1, k, n) if outer else x[None, None]
         out = block_matmul_op(values[None], pattern, flat, transposed_output)
         return out.reshape(*outer, m, n) if outer else out[0, 0]
-    whole = torch.broadcast_shapes(outer, (*batch, *lead))
+    if math.prod(lead) == 1 and width:  # one pattern broadcasts like any other dimension of size 1
+        batch, width = (*batch, *lead), 0
+        values = values.reshape(*batch, *values.shape[-3:])
+        lead = ()
+    try:
+        whole = torch.broadcast_shapes(outer, (*batch, *lead))
+    except RuntimeError:
+        whole = outer
+    # A pattern's leading indices are its own; x expands to them, never the other way round.
+    if whole[len(whole) - width :] != lead or len(whole) < len(batch) + width:
+        raise ValueError(
+            f"matmul: leading dimensions {tuple(outer)} of the dense operand do not broadcast to the layout's {(*batch, *lead)}"
+        )
     own_batch = whole[: len(whole) - width]
-    # the layout's leading indices must be its own: a broadcast there would need the pattern repeated, so x is the one that expands
-    if whole[len(whole) - width :] != lead:
-        raise ValueError(f"matmul: leading dimensions {tuple(outer)} do not fit the layout's {(*batch, *lead)}")
     flat_x = x.expand(*whole, k, n).reshape(math.prod(own_batch), math.prod(lead), k, n)
     flat_values = values.expand(*own_batch, *values.shape[-3:]).reshape(-1, *values.shape[-3:])
     out = block_matmul_op(flat_values, pattern, flat_x, transposed_output)

@@ -18,7 +18,7 @@ from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.dispatch import Facts, Use, current, facts_of, register_kernel, restored, route, run
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.sddmm import reference
-from sparse_layouts.layout_autograd import as_layout, values_of, with_values
+from sparse_layouts.layout_autograd import as_layout
 from sparse_layouts.layout_routes import transpose_blocks
 
 OP = "sddmm"
@@ -157,24 +157,22 @@ sddmm.__explain__ = uses_of_sddmm  # type: ignore[attr-defined]
 
 
 def sddmm_summed(a: Tensor, b: Tensor, layout: BSRTensor) -> BSRTensor:
-    """`a @ b` at the layout's entries, summed over the dimensions that the layout does not have.
+    """`a @ b` at the layout's entries, summed over the dimensions that the layout lacks or has with size 1.
 
-    Where the layout is one matrix, the samples are laid end to end along the contracted dimension: one product, and nothing to add.
+    Those are laid end to end along the contracted dimension: one product, and nothing to add.
     """
-    extra = max(a.dim(), b.dim()) - layout.dim()
-    if extra > 0:
-        outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        a = a.expand(*outer, *a.shape[-2:]).flatten(0, extra - 1)  # (R, *layout's, M, K)
-        b = b.expand(*outer, *b.shape[-2:]).flatten(0, extra - 1)
-        a = a.movedim(0, -2).flatten(-2)  # (*layout's, M, R * K)
-        b = b.movedim(0, -3).flatten(-3, -2)
-    out = _sddmm(a, b, layout)
-    if out.shape == layout.shape:
-        return out
-    values = out.inner_values
-    assert values is not None and layout.inner_values is not None
-
-    return with_values(layout, values_of(out).sum_to_size(layout.inner_values.shape))  # type: ignore[return-value]
+    outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    own = tuple(layout.shape[:-2])
+    aligned = (1,) * (len(outer) - len(own)) + own
+    folded = [i for i, size in enumerate(outer) if size != 1 and aligned[i] == 1]
+    if folded or len(outer) > len(own):
+        kept = [i for i in range(len(outer)) if i not in folded]
+        end = len(outer)
+        a = a.expand(*outer, *a.shape[-2:]).permute(*kept, end, *folded, end + 1)
+        b = b.expand(*outer, *b.shape[-2:]).permute(*kept, *folded, end, end + 1)
+        a = a.reshape(*own, layout.shape[-2], -1)
+        b = b.reshape(*own, a.shape[-1], layout.shape[-1])
+    return _sddmm(a, b, layout)
 
 
 @route(torch.sparse.sampled_addmm, input=BSRTensor)

@@ -1,0 +1,106 @@
+"""`python -m sparse_layouts info`: versions, devices and both tables, for a person and for a bug report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparse_layouts
+from sparse_layouts.dispatch import table
+from sparse_layouts.dispatch.kernel_table import KERNELS
+from sparse_layouts.dispatch.text import readable_bytes, text_table
+
+PACKAGES = ("torch", "triton", "numpy", "scipy")
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, of this library and of what it stands on; "not installed" for what is missing. Imports none of them."""
+    found = {"python": platform.python_version(), "sparse_layouts": sparse_layouts.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    found["torch"] = torch.__version__  # with its build, such as +cpu
+    return found
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def devices() -> list[dict[str, Any]]:
+    """The CPU with its threads, and every CUDA device with its compute capability and its memory in bytes."""
+    found: list[dict[str, Any]] = [
+        {"device": "cpu", "name": cpu_name(), "cores": cores(), "threads": torch.get_num_threads()}
+    ]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            own = torch.cuda.get_device_properties(index)
+            found.append(
+                {
+                    "device": f"cuda:{index}",
+                    "name": own.name,
+                    "capability": [own.major, own.minor],
+                    "memory_bytes": own.total_memory,
+                }
+            )
+    return found
+
+
+def collect() -> dict[str, Any]:
+    """All that the command says, as JSON can hold it."""
+    both = table()
+    return {
+        "versions": versions(),
+        "devices": devices(),
+        "routes": [
+            {"function": function, "operands": operands, "handler": handler}
+            for function, operands, handler in both._routes()
+        ],
+        "kernels": {
+            op: [{"kernel": row.name, "source": row.source} for row in rows]
+            for op, rows in sorted(KERNELS.rows.items())
+        },
+    }
+
+
+def _device_text(device: dict[str, Any]) -> str:
+    if device["device"] == "cpu":
+        return f"{device['cores']} cores, torch uses {device['threads']} threads"
+    capability = ".".join(map(str, device["capability"]))
+    return f"compute capability {capability}, {readable_bytes(device['memory_bytes'])}"
+
+
+def text() -> str:
+    """All that the command says, for a terminal."""
+    rows = [[d["device"], d["name"], _device_text(d)] for d in devices()]
+    if len(rows) == 1:
+        why = "torch is a CPU build" if torch.version.cuda is None else "torch sees none"
+        rows.append(["cuda", "none", why])
+    return "\n\n".join(
+        [
+            text_table(("package", "version"), [list(item) for item in versions().items()]),
+            text_table(("device", "name", "what it has"), rows),
+            repr(table()),
+        ]
+    )
