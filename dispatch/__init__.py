@@ -1,4 +1,5 @@
-"""Routing of torch functions on layouts to kernels: two tables, a fallback policy, explain and trace.
+"""Routing of torch functions on layouts to kernels: two tables, a fallback policy, explain and
+trace.
 
 Knows torch, and of a layout only that it is one and can be made dense.
 """

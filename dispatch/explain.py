@@ -25,10 +25,19 @@ class OpPlan(NamedTuple):
 
 
 class Explanation:
-    """What a call will do: `.route`, `.ops`, `.kernel` (the forward's, or "dense fallback"), `.dense_bytes`; prints itself."""
+    """What a call will do:
+
+    `.route`, `.ops`, `.kernel` (the forward's, or "dense fallback"), `.dense_bytes`; prints itself.
+    """
 
     def __init__(
-        self, call: str, match: Match | None, ops: list[OpPlan], missing: str, count: int, native: bool
+        self,
+        call: str,
+        match: Match | None,
+        ops: list[OpPlan],
+        missing: str,
+        count: int,
+        native: bool,
     ) -> None:
         self.call = call
         self.route = None if match is None else match.route
@@ -39,7 +48,10 @@ class Explanation:
 
     @property
     def kernel(self) -> str:
-        """The name of the forward's kernel; "dense fallback" without one, "" for a route that runs no op."""
+        """The name of the forward's kernel;
+
+        "dense fallback" without one, "" for a route that runs no op.
+        """
         if self.missing:
             return "dense fallback"
         for plan in self.ops:
@@ -97,17 +109,26 @@ class Explanation:
 def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         kind = type(value).__name__
-        return f"{kind}[{', '.join(map(str, value.shape))}] {str(value.dtype).removeprefix('torch.')}"
-    return repr(value) if not isinstance(value, (tuple, list)) else f"[{', '.join(map(_describe, value))}]"
+        return (
+            f"{kind}[{', '.join(map(str, value.shape))}] {str(value.dtype).removeprefix('torch.')}"
+        )
+    return (
+        repr(value)
+        if not isinstance(value, (tuple, list))
+        else f"[{', '.join(map(_describe, value))}]"
+    )
 
 
 def explain(function: Function, *args: Any, **kwargs: Any) -> Explanation:
-    """Says which route and which kernels `function(*args, **kwargs)` would take, and why, without running it.
+    """Says which route and which kernels `function(*args, **kwargs)` would take, and why, without
+    running it.
 
-    Returns an :class:`Explanation` that prints as text and, in a notebook, as HTML: the route, every kernel of each op with chosen
-    or why not, and where there is none the cost of densifying and the stub to paste.
+    Returns an :class:`Explanation` that prints as text and, in a notebook, as HTML: the route,
+    every kernel of each op with chosen or why not, and where there is none the cost of densifying
+    and the stub to paste.
 
-    Raises what the call would raise for operands that do not fit, and `TypeError` if no argument is a layout.
+    Raises what the call would raise for operands that do not fit, and `TypeError` if no argument is
+    a layout.
 
     >>> import torch, sparse_layouts as sl
     >>> w = sl.bsr(torch.eye(64), block_size=16)
@@ -195,4 +216,3 @@ def table() -> Table:
     True
     """
     return Table()
-

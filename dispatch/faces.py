@@ -1,7 +1,8 @@
 """One canonical name for each computation, and the faces under which torch offers it.
 
-`w @ x`, `torch.matmul`, `Tensor.mm`, `F.linear` are distinct objects with distinct signatures. :func:`readings` reads a call under
-every canonical name that its shapes allow, the closest first, so that a route registered for one serves all.
+`w @ x`, `torch.matmul`, `Tensor.mm`, `F.linear` are distinct objects with distinct signatures.
+:func:`readings` reads a call under every canonical name that its shapes allow, the closest first,
+so that a route registered for one serves all.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ Function = Callable[..., Any]
 
 
 class Reading(NamedTuple):
-    """A call read as a call of a canonical function; `finish` turns that one's result into this one's."""
+    """A call read as a call of a canonical function;
+
+    `finish` turns that one's result into this one's.
+    """
 
     function: Function
     args: tuple[Any, ...]
@@ -27,7 +31,8 @@ class Reading(NamedTuple):
     finish: Callable[[Any], Any] | None = None
 
 
-# The parameters by which routes name operands. Ours, and not torch's own signatures: those gain arguments.
+# The parameters by which routes name operands. Ours, and not torch's own signatures: those gain
+# arguments.
 PARAMETERS: dict[Function, tuple[str, ...]] = {
     torch.matmul: ("input", "other"),
     torch.mm: ("input", "mat2"),
@@ -129,11 +134,14 @@ def _functional_softmax(function: Function) -> Callable[..., Reading]:
 
 
 def _flipped(dims: int | None) -> Callable[..., Reading]:
-    """Reads `.mT` and `.T`: the last two dimensions change places; `dims` None allows any number of them."""
+    """Reads `.mT` and `.T`:
+
+    the last two dimensions change places; `dims` None allows any number of them.
+    """
 
     def read(input: Any) -> Reading:
         if dims is not None and input.dim() != dims:
-            return Reading(torch.Tensor.T.__get__, (input,), {})
+            return Reading(torch.Tensor.T.__get__, (input,), {})  # type: ignore[attr-defined]
         return Reading(torch.transpose, (input, -2, -1), {})
 
     return read
@@ -198,11 +206,11 @@ def name_of(function: Function) -> str:
     return f"torch.{name}" if module in ("torch", "VariableFunctions") else f"{module}.{name}"
 
 
-# --- wider and narrower faces: the same product with other shapes -----------------------------------------------------
-
-
 def wider_readings(reading: Reading) -> list[Reading]:
-    """Other canonical calls that compute the same, where the operands' shapes allow; closest first."""
+    """Other canonical calls that compute the same, where the operands' shapes allow;
+
+    closest first.
+    """
     widen = _WIDER.get(reading.function)
     return [] if widen is None else widen(*reading.args, **reading.kwargs)
 
@@ -235,7 +243,9 @@ def _of_bmm(input: Any, mat2: Any, **rest: Any) -> list[Reading]:
     return [Reading(torch.matmul, (input, mat2), {})]
 
 
-def _of_addmm(input: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1, **rest: Any) -> list[Reading]:
+def _of_addmm(
+    input: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1, **rest: Any
+) -> list[Reading]:
     if rest or isinstance(input, Layout):
         return []
 
@@ -268,7 +278,9 @@ def _of_linear(input: Any, weight: Any, bias: Any = None, **rest: Any) -> list[R
 
 
 def _of_einsum(equation: Any, *operands: Any) -> list[Reading]:
-    """Reads a product of two operands with one contracted index, the layout's last or last but one, as a matmul."""
+    """Reads a product of two operands with one contracted index, the layout's last or last but one,
+    as a matmul.
+    """
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = tuple(operands[0])
     if not isinstance(equation, str) or len(operands) != 2 or "." in equation:
@@ -287,7 +299,7 @@ def _of_einsum(equation: Any, *operands: Any) -> list[Reading]:
     of_layout, of_dense = terms[which], terms[1 - which]
     if len(of_layout) != layout.dim() or len(of_dense) != dense.dim() or len(of_layout) < 2:
         return []
-    lead, (row, column) = of_layout[:-2], of_layout[-2:]
+    lead, row, column = of_layout[:-2], of_layout[-2], of_layout[-1]
     contracted = (set(of_layout) & set(of_dense)) - set(out)
     if contracted == {row}:
         layout, row, column = layout.mT, column, row

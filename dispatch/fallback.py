@@ -28,17 +28,19 @@ class DenseFallbackWarning(UserWarning):
 
 
 class DenseFallbackError(RuntimeError):
-    """A call on a layout had no sparse kernel, and computing it densely is not allowed or does not fit."""
+    """A call on a layout had no sparse kernel, and computing it densely is not allowed or does not
+    fit.
+    """
 
 
 def free_bytes(device: str) -> int | None:
     """Memory that can be had on the current device of that type, None where nobody says."""
     if device == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused
     if device != "cpu":
         return None
-    free = None
+    free: int | None = None
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -65,16 +67,21 @@ def _user_frame() -> types.FrameType:
 
 
 def permit(message: str, count: int, device: str, what: str) -> None:
-    """Lets a computation densify `count` bytes, as the policy says: returns, warns, or raises `DenseFallbackError`."""
+    """Lets a computation densify `count` bytes, as the policy says:
+
+    returns, warns, or raises `DenseFallbackError`.
+    """
     free = free_bytes(device)
     if free is not None and count > free:
         raise DenseFallbackError(
-            f"{message}\nDensifying needs {readable_bytes(count)}, and {readable_bytes(free)} are free on {device}."
+            f"{message}\nDensifying needs {readable_bytes(count)}, and {readable_bytes(free)} "
+            f"are free on {device}."
         )
     policy = settings.current().policy
     if policy == "error":
         raise DenseFallbackError(
-            f"{message}\nDensifying would cost {readable_bytes(count)}; sl.fallback('warn') or 'allow' permits it."
+            f"{message}\nDensifying would cost {readable_bytes(count)}; sl.fallback('warn') or "
+            f"'allow' permits it."
         )
     if policy == "allow":
         return
@@ -86,7 +93,8 @@ def permit(message: str, count: int, device: str, what: str) -> None:
         return
     seen.add(key)
     warnings.warn_explicit(
-        f"{message}\nDensifying costs {readable_bytes(count)} here; silence this with sl.fallback('allow').",
+        f"{message}\nDensifying costs {readable_bytes(count)} here; silence this with "
+        f"sl.fallback('allow').",
         DenseFallbackWarning,
         frame.f_code.co_filename,
         frame.f_lineno,
@@ -142,12 +150,14 @@ _IN_PLACE = frozenset(
 
 
 def fall_back(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs torch's own function on densified operands, if the policy and the free memory allow it."""
+    """Runs torch's own function on densified operands, if policy and free memory allow it."""
     if is_in_place(function, args, kwargs):
         target = (layouts_in(kwargs.get("out")) or [args[0]])[0]
         raise TypeError(
-            f"{name_of(function)} would change which entries of a {type(target).__name__} are stored, which an in-place operation "
-            "cannot. Assign the result instead (w = w + x is dense), sample a dense operand onto the layout first "
+            f"{name_of(function)} would change which entries of a {type(target).__name__} are "
+            f"stored, which an in-place operation "
+            "cannot. Assign the result instead (w = w + x is dense), sample a dense operand onto "
+            "the layout first "
             "(x.sparse_mask(w)), or write to w.values()."
         )
     layouts = layouts_in(args) + layouts_in(kwargs)

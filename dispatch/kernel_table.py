@@ -1,4 +1,7 @@
-"""The table of kernels: for every op its implementations, most special first, each with what it requires."""
+"""The table of kernels:
+
+for every op its implementations, most special first, each with what it requires.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Facts(NamedTuple):
-    """What a kernel's requirements may look at: nothing that needs the tensors' contents, hashable, the same for equal calls.
+    """What a kernel's requirements may look at: nothing that needs the tensors' contents, hashable,
+    the same for equal calls.
 
-    `capability` is (0, 0) off CUDA, `triton` the installed version or () without one; `head_dim` is 0 where the op has none.
+    `capability` is (0, 0) off CUDA, `triton` the installed version or () without one; `head_dim` is
+    0 where the op has none.
     """
 
     device: str
@@ -38,7 +43,10 @@ Requires = Callable[[Facts], "str | None"]
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One row of the table. `implementation` is a function, or `"module:function"`, imported when first run."""
+    """One row of the table.
+
+    `implementation` is a function, or `"module:function"`, imported when first run.
+    """
 
     op: str
     name: str
@@ -101,7 +109,10 @@ def register_kernel(
     first: bool = False,
     place: str | None = None,
 ) -> Kernel:
-    """Adds a kernel to an op, at the end or, with `first`, before all others. A name taken in that op is an error."""
+    """Adds a kernel to an op, at the end or, with `first`, before all others.
+
+    A name taken in that op is an error.
+    """
     rows = KERNELS.rows.setdefault(op, [])
     place = place or place_of_caller()
     for row in rows:
@@ -129,14 +140,17 @@ def kernel(
 ) -> Callable[[F], F]:
     """Registers the decorated function as a kernel of `op`, before all that are there.
 
-    The function takes what the op's reference takes (`sl.explain` names it). `requires(facts)` returns None, or one line
-    why the kernel cannot take such a call. The function gets `.unregister()`.
+    The function takes what the op's reference takes (`sl.explain` names it). `requires(facts)`
+    returns None, or one line why the kernel cannot take such a call. The function gets
+    `.unregister()`.
 
     Raises `ValueError` for an unknown op or a name already taken.
 
     >>> import torch, sparse_layouts as sl
     >>> from sparse_layouts.kernels.block_matmul.reference import block_matmul
-    >>> @sl.kernel("block_matmul", requires=lambda facts: None if facts.device == "cpu" else "CPU only")
+    >>> def requires(facts):
+    ...     return None if facts.device == "cpu" else "works on cpu tensors"
+    >>> @sl.kernel("block_matmul", requires=requires)
     ... def slow_block_matmul(values, pattern, x, *, transposed_output=False):
     ...     return block_matmul(values, pattern, x, transposed_output=transposed_output)
     >>> slow_block_matmul.unregister()
@@ -146,7 +160,9 @@ def kernel(
     def register(function: F) -> F:
         if op not in KERNELS.rows:
             raise ValueError(f"kernel: no op {op!r}; there are {', '.join(sorted(KERNELS.rows))}")
-        row = register_kernel(op, name or function.__name__, function, requires, first=True, place=place)
+        row = register_kernel(
+            op, name or function.__name__, function, requires, first=True, place=place
+        )
         function.unregister = functools.partial(unregister_kernel, row)  # type: ignore[attr-defined]
         return function
 
@@ -198,7 +214,10 @@ def verdicts(op: str, facts: Facts) -> list[Verdict]:
 
 
 def choose(op: str, facts: Facts) -> Kernel | None:
-    """The first kernel whose requirements hold, or None. A kernel that was asked for by name and cannot take the call raises."""
+    """The first kernel whose requirements hold, or None.
+
+    A kernel that was asked for by name and cannot take the call raises.
+    """
     key = (op, facts, settings.current().choices)
     try:
         return KERNELS.chosen[key]
@@ -213,10 +232,19 @@ def choose(op: str, facts: Facts) -> Kernel | None:
     return row
 
 
-def run(op: str, facts: Facts, reference: Callable[..., Any], dense_bytes: int, *args: Any, **kwargs: Any) -> Any:
-    """Runs the chosen kernel of `op`; where there is none, the op's dense reference, under the fallback policy.
+def run(
+    op: str,
+    facts: Facts,
+    reference: Callable[..., Any],
+    dense_bytes: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Runs the chosen kernel of `op`; where there is none, the op's dense reference, under the
+    fallback policy.
 
-    `dense_bytes` is what the reference makes dense. A kernel that raises is an error, never a reason to try another.
+    `dense_bytes` is what the reference makes dense. A kernel that raises is an error, never a
+    reason to try another.
     """
     row = choose(op, facts)
     if row is None:
@@ -239,17 +267,23 @@ def kernel_missing(op: str, facts: Facts, reference: Callable[..., Any]) -> str:
 
 
 def kernel_stub(op: str, facts: Facts, reference: Callable[..., Any]) -> str:
-    """Code to paste: a kernel row for such a call, with the arguments that the op's reference has."""
+    """Code to paste:
+
+    a kernel row for such a call, with the arguments that the op's reference has.
+    """
     import inspect
 
     parameters = ", ".join(
-        str(p.replace(annotation=inspect.Parameter.empty)) if p.kind != p.KEYWORD_ONLY else f"{p.name}=None"
+        str(p.replace(annotation=inspect.Parameter.empty))
+        if p.kind != p.KEYWORD_ONLY
+        else f"{p.name}=None"
         for p in inspect.signature(reference).parameters.values()
         if p.kind != p.KEYWORD_ONLY
     )
     return (
         "To add one:\n"
-        f'    @sl.kernel("{op}", requires=lambda facts: None if facts.device == "{facts.device}" else "only on {facts.device}")\n'
+        f'    @sl.kernel("{op}", requires=lambda facts: None if facts.device == "{facts.device}" '
+        f'else "only on {facts.device}")\n'
         f"    def my_{op}({parameters}, **options):\n"
         f"        ...  # what {reference.__module__}:{reference.__name__} computes"
     )

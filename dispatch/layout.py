@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 class Layout:
-    """Marks a tensor subclass that stores part of its entries. `to_dense()` is all that the fallback needs of it."""
+    """Marks a tensor subclass that stores part of its entries.
+
+    `to_dense()` is all that the fallback needs of it.
+    """
 
     shape: torch.Size
     dtype: torch.dtype

@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-
 from sparse_layouts.dispatch.faces import (
     PARAMETERS,
     Function,
@@ -25,7 +24,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Use(NamedTuple):
-    """An op that a route will run: what for ("forward", "gradient of other"), and the facts it will choose a kernel by."""
+    """An op that a route will run:
+
+    what for ("forward", "gradient of other"), and the facts it will choose a kernel by.
+    """
 
     purpose: str
     op: str
@@ -34,7 +36,11 @@ class Use(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """One row: `handler` takes calls of `function` whose layout operands are exactly `operands` (subclasses included)."""
+    """One row:
+
+    `handler` takes calls of `function` whose layout operands are exactly `operands` (subclasses
+    included).
+    """
 
     function: Function
     operands: tuple[tuple[str, type], ...]
@@ -69,14 +75,18 @@ def route(
     uses: Callable[..., list[Use]] | None = None,
     **operands: type,
 ) -> Callable[[F], F]:
-    """Registers the decorated function as the handler of `function` for operands of the given layouts.
+    """Registers the decorated function as the handler of `function` for operands of the given
+    layouts.
 
-    `operands` names each operand that is a layout by torch's parameter name: `@sl.route(torch.mm, input=MyLayout)`. The handler
-    gets the call's arguments as they are; it may return `NotImplemented` to decline (the call goes on to the dense fallback). A route for one
-    function serves its other faces (`@`, `Tensor.mm`, `F.linear`) where the shapes allow, and subclasses of its layouts. `uses(*args, **kwargs)`, for
-    `sl.explain`, lists the ops that the handler will run. The handler gets `.unregister()`.
+    `operands` names each operand that is a layout by torch's parameter name: `@sl.route(torch.mm,
+    input=MyLayout)`. The handler gets the call's arguments as they are; it may return
+    `NotImplemented` to decline (the call goes on to the dense fallback). A route for one function
+    serves its other faces (`@`, `Tensor.mm`, `F.linear`) where the shapes allow, and subclasses of
+    its layouts. `uses(*args, **kwargs)`, for `sl.explain`, lists the ops that the handler will run.
+    The handler gets `.unregister()`.
 
-    Raises `ValueError` if the same operands have a route (naming both places) or a parameter name is unknown, `TypeError` if an operand is no layout.
+    Raises `ValueError` if the same operands have a route (naming both places) or a parameter name
+    is unknown, `TypeError` if an operand is no layout.
 
     >>> import torch, sparse_layouts as sl
     >>> @sl.route(torch.trace, input=sl.BSRTensor)
@@ -89,13 +99,17 @@ def route(
     place = place_of_caller()
     function = canonical(function)
     if not operands:
-        raise TypeError(f"route: name at least one operand, as in route({name_of(function)}, input=MyLayout)")
+        raise TypeError(
+            f"route: name at least one operand, as in route({name_of(function)}, input=MyLayout)"
+        )
     for name, cls in operands.items():
         if not (isinstance(cls, type) and issubclass(cls, Layout)):
             raise TypeError(f"route: {name}={cls!r} is not a layout class")
 
     def register(handler: F) -> F:
-        row = Route(function, tuple(sorted(operands.items(), key=lambda o: o[0])), handler, uses, place)
+        row = Route(
+            function, tuple(sorted(operands.items(), key=lambda o: o[0])), handler, uses, place
+        )
         unknown = set(operands) - set(row.parameters)
         if unknown:
             raise ValueError(
@@ -130,7 +144,10 @@ def _unregister(row: Route, before: Callable[[], None] | None) -> None:
 def _layout_operands(
     function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]
 ) -> tuple[tuple[str, type], ...]:
-    """(name, class) of every layout among the arguments; an argument without a name counts as "?"."""
+    """(name, class) of every layout among the arguments;
+
+    an argument without a name counts as "?".
+    """
     found = []
     for i, value in enumerate(args):
         if isinstance(value, Layout):
@@ -162,7 +179,10 @@ def find_route(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _distance(row: Route, operands: tuple[tuple[str, type], ...]) -> int | None:
-    """How many steps of inheritance lie between a call's layouts and the route's; None if it does not serve them."""
+    """How many steps of inheritance lie between a call's layouts and the route's;
+
+    None if it does not serve them.
+    """
     wanted = dict(row.operands)
     if {name for name, _ in operands} != set(wanted) or len(operands) != len(wanted):
         return None
@@ -196,7 +216,7 @@ def matches(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def call_route(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of the first route that serves the call and does not decline, or NotImplemented."""
+    """The result of the first route that serves the call and does not decline, if any."""
     first = read_call(function, args, kwargs)
     row = find_route(first.function, first.args, first.kwargs)
     if row is not None:
@@ -238,5 +258,3 @@ def operands_by_name(
     )
     found = _layout_operands(reading.function, reading.args, reading.kwargs, names)
     return {name: cls for name, cls in found if name != "?"}
-
-

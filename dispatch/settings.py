@@ -1,7 +1,8 @@
 """What a caller may set for a stretch of code: the fallback policy, kernel choices, a trace.
 
-All of it lives in one ContextVar. CUDA runs backward passes on another thread, where the ContextVar has its default, so an
-`autograd.Function` keeps :func:`current` in its context and runs its backward under :func:`restored`.
+All of it lives in one ContextVar. CUDA runs backward passes on another thread, where the ContextVar
+has its default, so an `autograd.Function` keeps :func:`current` in its context and runs its
+backward under :func:`restored`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ _DEFAULT = Settings()
 
 
 def current() -> Settings:
-    """The settings in force here; the defaults while torch.compile traces (kernels are chosen when its code runs)."""
+    """The settings in force here;
+
+    the defaults while torch.compile traces (kernels are chosen when its code runs).
+    """
     if torch.compiler.is_dynamo_compiling():
         return _DEFAULT
     return _settings.get(_DEFAULT)
@@ -42,7 +46,8 @@ def current() -> Settings:
 def restored(settings: Settings) -> contextlib.AbstractContextManager[None]:
     """Runs a backward pass under settings captured earlier, on whatever thread.
 
-    `torch.autograd.grad` with a layout among its inputs switches `__torch_function__` off around the whole pass; here it is on again.
+    `torch.autograd.grad` with a layout among its inputs switches `__torch_function__` off around
+    the whole pass; here it is on again.
     """
     if torch.compiler.is_dynamo_compiling():
         return contextlib.nullcontext()
@@ -60,7 +65,9 @@ def _restored(settings: Settings) -> Iterator[None]:
 
 
 class _Setting:
-    """A change of the settings that holds from construction on, or to the end of the `with` block that it opens."""
+    """A change of the settings that holds from construction on, or to the end of the `with` block
+    that it opens.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._token: Token[Settings] | None = _settings.set(settings)
@@ -79,11 +86,12 @@ class _Setting:
             self._token = None
 
 
-class fallback(_Setting):  # noqa: N801  (a context manager that reads as a verb)
-    """Sets what a call without a sparse kernel does: `"warn"` once a call site (the default), `"error"`, or `"allow"`.
+class fallback(_Setting):
+    """Sets what a call without a sparse kernel does: `"warn"` once a call site (the default),
+    `"error"`, or `"allow"`.
 
-    As a statement it holds for the rest of the current context, as a context manager for its block. A fallback that would need
-    more memory than is free raises under every policy.
+    As a statement it holds for the rest of the current context, as a context manager for its block.
+    A fallback that would need more memory than is free raises under every policy.
 
     Raises `ValueError` for an unknown policy.
 
@@ -100,11 +108,13 @@ class fallback(_Setting):  # noqa: N801  (a context manager that reads as a verb
         super().__init__(current()._replace(policy=policy))
 
 
-class kernel_choice(_Setting):  # noqa: N801
-    """Makes an op use the named kernel: `with sl.kernel_choice(block_attention="cpu"): ...`, or `op=` and `kernel=`.
+class kernel_choice(_Setting):
+    """Makes an op use the named kernel: `with sl.kernel_choice(block_attention="cpu"): ...`, or
+    `op=` and `kernel=`.
 
-    The kernel's own requirements still hold: a call that it cannot take raises `NotImplementedError` with its reason instead
-    of trying another kernel. Raises `ValueError` for an op or kernel that is not in the table.
+    The kernel's own requirements still hold: a call that it cannot take raises
+    `NotImplementedError` with its reason instead of trying another kernel. Raises `ValueError` for
+    an op or kernel that is not in the table.
 
     >>> import torch, sparse_layouts as sl
     >>> w = sl.bsr(torch.eye(64), block_size=16)

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class Step(NamedTuple):
-    """One thing that ran: an op's kernel, or a torch function on densified operands (`kernel` is "dense fallback")."""
+    """One thing that ran:
+
+    an op's kernel, or a torch function on densified operands (`kernel` is "dense fallback").
+    """
 
     what: str
     kernel: str
@@ -52,10 +55,12 @@ class Trace:
         return html_table(self._HEAD, self._rows())
 
 
-class trace(settings._Setting):  # noqa: N801  (a context manager that reads as a verb)
-    """Records which kernel each eager call took, forward and backward, and which calls were densified.
+class trace(settings._Setting):
+    """Records which kernel each eager call took, forward and backward, and which calls were
+    densified.
 
-    Compiled code chooses its kernels while it runs, and is recorded as well; what `torch.compile` densifies while it traces is not.
+    Compiled code chooses its kernels while it runs, and is recorded as well; what `torch.compile`
+    densifies while it traces is not.
 
     >>> import torch, sparse_layouts as sl
     >>> w = sl.bsr(torch.eye(64), block_size=16)

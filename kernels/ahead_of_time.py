@@ -1,4 +1,7 @@
-"""Compiling a Triton kernel without a GPU: what a kernel's file lists so that every configuration can be checked anywhere."""
+"""Compiling a Triton kernel without a GPU:
+
+what a kernel's file lists so that every configuration can be checked anywhere.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from typing import Any, NamedTuple
 class Compilation(NamedTuple):
     """One configuration of one `@triton.jit` function.
 
-    Each `triton_*.py` has `compilations()`, which yields these, the most used one first. `signature` names the type of every argument
-    (`"*bf16"`, `"i32"`, `"fp32"`, `"constexpr"`), `constexprs` the values of the constant ones, `options` what the
-    launcher passes besides (`num_warps`, `num_stages`). `min_capability`: 80, 90 or 100.
+    Each `triton_*.py` has `compilations()`, which yields these, the most used one first.
+    `signature` names the type of every argument (`"*bf16"`, `"i32"`, `"fp32"`, `"constexpr"`),
+    `constexprs` the values of the constant ones, `options` what the launcher passes besides
+    (`num_warps`, `num_stages`). `min_capability`: 80, 90 or 100.
     """
 
     name: str
@@ -21,10 +25,15 @@ class Compilation(NamedTuple):
     min_capability: int = 80
 
     def compile(self, capability: int) -> Any:
-        """Compiles for one compute capability (80, 90, 100); returns Triton's compiled kernel (`.asm`, `.metadata`)."""
+        """Compiles for one compute capability (80, 90, 100);
+
+        returns Triton's compiled kernel (`.asm`, `.metadata`).
+        """
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
         source = ASTSource(self.kernel, self.signature, self.constexprs)
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
+        return triton.compile(
+            source, target=GPUTarget("cuda", capability, 32), options=self.options
+        )

@@ -1,4 +1,7 @@
-"""What kernels require, as pure functions of a call's facts: None, or one line why not. Imports neither Triton nor a GPU."""
+"""What kernels require, as pure functions of a call's facts:
+
+None, or one line why not. Imports neither Triton nor a GPU.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,12 @@ def triton(facts: Facts) -> str | None:
     if not facts.triton:
         return "needs Triton, which is not installed (pip install triton)"
     if facts.triton[:2] < TRITON_OLDEST:
-        return f"needs Triton {'.'.join(map(str, TRITON_OLDEST))} or newer, found {'.'.join(map(str, facts.triton))}"
+        found = ".".join(map(str, facts.triton))
+        return f"needs Triton {'.'.join(map(str, TRITON_OLDEST))} or newer, found {found}"
     if facts.capability < (8, 0):
-        return f"needs compute capability 8.0 or newer, found {'.'.join(map(str, facts.capability))}"
+        return (
+            f"needs compute capability 8.0 or newer, found {'.'.join(map(str, facts.capability))}"
+        )
     return None
 
 
@@ -47,7 +53,9 @@ def triton_blocks(facts: Facts) -> str | None:
 
 
 def triton_attention(facts: Facts) -> str | None:
-    """As `triton`, and blocks that are powers of two from 16, in fp16, bf16 or fp32, head sizes up to 256."""
+    """As `triton`, and blocks that are powers of two from 16, in fp16, bf16 or fp32, head sizes up
+    to 256.
+    """
     if facts.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"takes float16, bfloat16 and float32, not {facts.dtype}"
     if facts.head_dim > MAX_HEAD_DIM:

@@ -1,4 +1,5 @@
-"""Sparse tensor layouts for PyTorch: build one, multiply it, take a softmax of it, hand it to attention as the mask, train it.
+"""Sparse tensor layouts for PyTorch: build one, multiply it, take a softmax of it, hand it to
+attention as the mask, train it.
 
 >>> import torch, sparse_layouts as sl
 >>> w = sl.bsr(torch.eye(64), block_size=16)

@@ -18,7 +18,9 @@ class CommandError(Exception):
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(prog=PROGRAM, description="Structured sparse tensors for PyTorch.")
+    top = argparse.ArgumentParser(
+        prog=PROGRAM, description="Structured sparse tensors for PyTorch."
+    )
     top.add_argument("--version", action="store_true", help="print the version and leave")
     commands = top.add_subparsers(dest="command", metavar="{demo,info}")
     demo = commands.add_parser(
@@ -28,15 +30,25 @@ def parser() -> argparse.ArgumentParser:
         "as tables here and as an HTML report with pictures of the patterns.",
     )
     demo.add_argument(
-        "--out", type=Path, default=Path("build/demo.html"), help="the report (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("build/demo.html"),
+        help="the report (default: %(default)s)",
     )
     demo.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU where there is one"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: the GPU where there is one",
     )
     demo.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    demo.add_argument("--quick", action="store_true", help="a small case, a second or two; times mean nothing")
+    demo.add_argument(
+        "--quick", action="store_true", help="a small case, a second or two; times mean nothing"
+    )
     info = commands.add_parser(
-        "info", help="print versions, devices, routes and kernels", description="Versions, devices, routes and kernels."
+        "info",
+        help="print versions, devices, routes and kernels",
+        description="Versions, devices, routes and kernels.",
     )
     info.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return top
@@ -58,7 +70,9 @@ def run_demo(options: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise CommandError("needs the package rich: pip install 'sparse_layouts[cli]'") from error
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise CommandError("--device cuda: torch sees no CUDA device; leave --device out to use the CPU")
+        raise CommandError(
+            "--device cuda: torch sees no CUDA device; leave --device out to use the CPU"
+        )
     from sparse_layouts import demo, demo_report
 
     device = options.device

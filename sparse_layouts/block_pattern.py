@@ -1,8 +1,9 @@
-"""Which blocks of a matrix are stored, without their values: row lists, column lists, bit tiles and counts.
+"""Which blocks of a matrix are stored, without their values: row lists, column lists, bit tiles and
+counts.
 
-A :class:`BlockPattern` is a tuple of plain tensors, so that it can be an inner tensor of a layout, an argument of an
-opaque operator and a key of a cache. Everything that is built here costs O(stored blocks); a matrix of blocks is
-never made.
+A :class:`BlockPattern` is a tuple of plain tensors, so that it can be an inner tensor of a layout,
+an argument of an opaque operator and a key of a cache. Everything that is built here costs O(stored
+blocks); a matrix of blocks is never made.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ class BlockPattern(NamedTuple):
 
     field | shape | dtype | invariant
     ---|---|---|---
-    `crow_indices` | (P, Mb+1) | int32 | offsets into `col_indices`, one row of offsets a pattern; not decreasing
+    `crow_indices` | (P, Mb+1) | int32 | offsets into `col_indices`, a row of them a pattern
     `col_indices` | (nnzb,) | int32 | block columns, strictly ascending within a block row
-    `row_slots` | (nnzb,) or None | int32 | where the t-th block of the row lists lies in `values`; None: at t
+    `row_slots` | (nnzb,) or None | int32 | slot in `values` of row-list block t; None: t
     `ccol_indices` | (P, Nb+1) | int32 | offsets into `row_indices`
     `row_indices` | (nnzb,) | int32 | block rows, strictly ascending within a block column
-    `col_slots` | (nnzb,) or None | int32 | where the t-th block of the column lists lies in `values`; None: at t
-    `head_map` | (prod(lead),) or None | int32 | the pattern of each leading index; None: pattern p is index p
-    `block_tiles` | (nnzb,) or None | int32 | by slot: 0 a full block, t > 0 a partial one, given by `tiles[t - 1]`
-    `tiles` | (T, bm, ceil(bn/32)) or None | int32 | bit c % 32 of word c // 32 is column c; True is stored
-    `block_counts` | (nnzb,) or None | int32 | by slot: how many times the block counts in a softmax, at least 1
+    `col_slots` | (nnzb,) or None | int32 | slot of column-list block t; None: t
+    `head_map` | (prod(lead),) or None | int32 | the pattern of each leading index; None: its own
+    `block_tiles` | (nnzb,) or None | int32 | by slot: 0 full, t > 0 partial: `tiles[t - 1]`
+    `tiles` | (T, bm, ceil(bn/32)) or None | int32 | bit c % 32 of word c // 32: column c
+    `block_counts` | (nnzb,) or None | int32 | by slot: times in a softmax, at least 1
 
-    `shape` is (M, N) in entries, `block_size` (bm, bn), `lead` the leading dimensions. M and N need not be multiples of
-    the block: the last block row and column reach over the edge, and what lies outside is never stored, whatever the
-    bits of a tile say there.
+    `shape` is (M, N) in entries, `block_size` (bm, bn), `lead` the leading dimensions. M and N need
+    not be multiples of the block: the last block row and column reach over the edge, and what lies
+    outside is never stored, whatever the bits of a tile say there.
     """
 
     crow_indices: Tensor
@@ -82,23 +83,21 @@ class BlockPattern(NamedTuple):
 TENSOR_FIELDS = BlockPattern._fields[:10]
 
 
-# --- what is derived from a pattern, cached with it -------------------------------------------------------------------
-
 _derived: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def derived(pattern: BlockPattern, key: Any, build: Callable[[], T]) -> T:
     """Returns `build()`, made once for this pattern's index tensors and dropped with them.
 
-    `key` names what is derived and with which parameters; it must be hashable. `build` must depend on the index tensors
-    alone, never on values.
+    `key` names what is derived and with which parameters; it must be hashable. `build` must depend
+    on the index tensors alone, never on values.
     """
     store = _derived.get(pattern.crow_indices)
     if store is None:
         store = _derived[pattern.crow_indices] = {}
-    # Two patterns may share crow_indices and differ elsewhere (counts dropped, a transpose): the identities of the rest
-    # are part of the key. They are alive as long as the entry can be found, because `pattern` holds them, and
-    # an entry whose tensors died is replaced.
+    # Two patterns may share crow_indices and differ elsewhere (counts dropped, a transpose): the
+    # identities of the rest are part of the key. They are alive as long as the entry can be found,
+    # because `pattern` holds them, and an entry whose tensors died is replaced.
     rest = tuple(None if t is None else id(t) for t in pattern[1:10])
     found = store.get((key, rest))
     if found is not None and all(r is None or r() is not None for r in found[1]):
@@ -132,11 +131,10 @@ def derived_bytes(pattern: BlockPattern) -> int:
     return sum(count(v) for v, _ in store.values() if id(v) not in own)
 
 
-# --- building ---------------------------------------------------------------------------------------------------------
-
-
 def entry_rows(crow_indices: Tensor, num_blocks: int) -> Tensor:
-    """The global block row (pattern * Mb + row) of every entry of the row lists, int64, without a host sync."""
+    """The global block row (pattern * Mb + row) of every entry of the row lists, int64, without a
+    host sync.
+    """
     counts = crow_indices.diff(dim=-1).flatten()
     rows = torch.arange(counts.numel(), device=counts.device)
     return rows.repeat_interleave(counts.long(), output_size=num_blocks)
@@ -145,7 +143,10 @@ def entry_rows(crow_indices: Tensor, num_blocks: int) -> Tensor:
 def column_lists(
     crow_indices: Tensor, col_indices: Tensor, num_block_columns: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Column lists `(ccol_indices, row_indices, position in the row lists)` of row lists; no host sync on a GPU."""
+    """Column lists `(ccol_indices, row_indices, position in the row lists)` of row lists;
+
+    no host sync on a GPU.
+    """
     patterns, mb = crow_indices.shape[0], crow_indices.shape[1] - 1
     nnzb, device = col_indices.shape[0], col_indices.device
     if type(col_indices) is Tensor and device.type == "cpu" and nnzb:
@@ -199,7 +200,10 @@ def build_pattern(
     tiles: Tensor | None = None,
     block_counts: Tensor | None = None,
 ) -> BlockPattern:
-    """A pattern from its row lists `crow_indices` (P, Mb+1) and `col_indices` (nnzb,); adds the column lists."""
+    """A pattern from its row lists `crow_indices` (P, Mb+1) and `col_indices` (nnzb,);
+
+    adds the column lists.
+    """
     ccol, row, position = column_lists(crow_indices, col_indices, -(-shape[1] // block_size[1]))
     return BlockPattern(
         crow_indices.int(),
@@ -219,7 +223,10 @@ def build_pattern(
 
 
 def transpose_pattern(pattern: BlockPattern) -> BlockPattern:
-    """The pattern of the transposed matrix: the two lists change places, slots stay where they are."""
+    """The pattern of the transposed matrix:
+
+    the two lists change places, slots stay where they are.
+    """
     p = pattern
     tiles = p.tiles
     if tiles is not None:
@@ -253,9 +260,10 @@ def _expand_heads(p: BlockPattern) -> BlockPattern:
     starts, ends = p.crow_indices[head_map, 0], p.crow_indices[head_map, -1]
     lengths = (ends - starts).long()
     bases = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    if not type(p.col_indices) is Tensor:
+    if type(p.col_indices) is not Tensor:
         raise NotImplementedError(
-            "heads that share a pattern must be given lists of their own before torch.compile traces values onto them: "
+            "heads that share a pattern must be given lists of their own before torch.compile "
+            "traces values onto them: "
             "mask = mask.own_heads()"
         )
     total = int(bases[-1])  # one host sync, once a pattern
@@ -282,9 +290,9 @@ def from_progressions(
 ) -> tuple[Tensor, Tensor]:
     """Row lists `(crow_indices, col_indices)` of rows that are a few arithmetic progressions each.
 
-    `segments(device)` returns, from left to right, `(start, step, count)` of shape (P, Mb) each: block columns
-    `start + step * t` for `0 <= t < count`. It is called on the CPU for the number of blocks and again on `device` for the lists, so
-    that a GPU is never waited for.
+    `segments(device)` returns, from left to right, `(start, step, count)` of shape (P, Mb) each:
+    block columns `start + step * t` for `0 <= t < count`. It is called on the CPU for the number of
+    blocks and again on `device` for the lists, so that a GPU is never waited for.
     """
     total = sum(int(count.sum()) for _, _, count in segments(torch.device("cpu")))
     parts = list(segments(device))
@@ -296,7 +304,8 @@ def from_progressions(
     steps = torch.stack(
         [torch.as_tensor(step, device=device).expand(patterns, mb) for _, step, _ in parts], -1
     )
-    # column = start + step * (entry - first entry of the part); with the first entry folded into the start
+    # column = start + step * (entry - first entry of the part); with the first entry folded into
+    # the start
     origin = (starts.flatten() - steps.flatten() * (ends - flat)).int()
     if device.type == "cpu":  # numpy repeats values 4x faster than torch gathers them
         repeats = flat.numpy()
@@ -314,11 +323,8 @@ def from_progressions(
     return crow.int(), columns
 
 
-# --- bit tiles --------------------------------------------------------------------------------------------------------
-
-
 def pack_tiles(tiles: Tensor) -> Tensor:
-    """Packs bool tiles (T, bm, bn) into int32 words (T, bm, ceil(bn/32)), column c at bit c % 32."""
+    """Packs bool tiles (T, bm, bn) into int32 words (T, bm, ceil(bn/32)), a bit a column."""
     count, bm, bn = tiles.shape
     words = -(-bn // WORD_BITS)
     padded = torch.nn.functional.pad(tiles, (0, words * WORD_BITS - bn))
@@ -338,7 +344,10 @@ def unpack_tiles(pattern: BlockPattern) -> Tensor:
 
 
 def tile_table(pattern: BlockPattern) -> Tensor:
-    """bool (T + 1, bm, bn): entry 0 all True, then the bit tiles; `tile_table(p)[p.block_tiles]` is every block."""
+    """bool (T + 1, bm, bn):
+
+    entry 0 all True, then the bit tiles; `tile_table(p)[p.block_tiles]` is every block.
+    """
 
     def build() -> Tensor:
         full = torch.ones(1, *pattern.block_size, dtype=torch.bool, device=pattern.device)
@@ -347,11 +356,11 @@ def tile_table(pattern: BlockPattern) -> Tensor:
     return derived(pattern, "tile_table", build)
 
 
-# --- dense pictures, for references and tests only --------------------------------------------------------------------
-
-
 def dense_counts(pattern: BlockPattern) -> Tensor:
-    """int32 (*lead, M, N): how often each entry counts, 0 where nothing is stored. Dense: for references and tests."""
+    """int32 (*lead, M, N):
+
+    how often each entry counts, 0 where nothing is stored. Dense: for references and tests.
+    """
     p = pattern
     (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
     nnzb = p.num_blocks
@@ -379,7 +388,8 @@ def pattern_from_dense(
     block_tiles: Tensor | None = None,
     tiles: Tensor | None = None,
 ) -> BlockPattern:
-    """A pattern from a matrix of blocks (*lead, Mb, Nb), bool or integer counts. One host sync; equal heads are stored once.
+    """A pattern from a matrix of blocks (*lead, Mb, Nb), bool or integer counts. One host sync;
+    equal heads are stored once.
 
     `block_tiles` (*lead, Mb, Nb) int32 names the bit tile of each stored block (0: full).
     """
@@ -420,10 +430,14 @@ def pattern_from_dense(
 
 
 def _equal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Of an integer matrix: the first row of each kind, and for each row its kind, kinds numbered as they first appear."""
+    """Of an integer matrix:
+
+    the first row of each kind, and for each row its kind, kinds numbered as they first appear.
+    """
     data = np.ascontiguousarray(rows.cpu().numpy())
     seen: dict[bytes, int] = {}
-    first, kind = [], []
+    first: list[int] = []
+    kind: list[int] = []
     for i in range(data.shape[0]):
         key = data[i].tobytes()
         if key not in seen:

@@ -1,4 +1,7 @@
-"""Blocks of values on a pattern: gathered from a dense matrix, scattered into one, cleared where nothing is stored."""
+"""Blocks of values on a pattern:
+
+gathered from a dense matrix, scattered into one, cleared where nothing is stored.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,20 @@ def slots_in_row_order(pattern: BlockPattern) -> Tensor:
 
 
 def cells(pattern: BlockPattern) -> Tensor:
-    """int64 (nnzb,), by position in the row lists: (pattern * Mb + block row) * Nb + block column."""
-    return entry_rows(pattern.crow_indices, pattern.num_blocks) * pattern.grid[1] + pattern.col_indices
+    """int64 (nnzb,), by position in the row lists:
+
+    (pattern * Mb + block row) * Nb + block column.
+    """
+    return (
+        entry_rows(pattern.crow_indices, pattern.num_blocks) * pattern.grid[1] + pattern.col_indices
+    )
 
 
 def densify(values: Tensor, pattern: BlockPattern) -> Tensor:
-    """The matrices (B, P, M, N) of `values` (B, S, bm, bn) on a pattern without a head map; differentiable."""
+    """The matrices (B, P, M, N) of `values` (B, S, bm, bn) on a pattern without a head map;
+
+    differentiable.
+    """
     p = pattern
     assert p.head_map is None, "values need lists of their own for every head: expand_heads"
     (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
@@ -34,7 +45,9 @@ def densify(values: Tensor, pattern: BlockPattern) -> Tensor:
 
 
 def gather(dense: Tensor, pattern: BlockPattern) -> Tensor:
-    """The stored entries (B, S, bm, bn) of `dense` (B, P, M, N), in slot order, 0 at what is not stored; differentiable."""
+    """The stored entries (B, S, bm, bn) of `dense` (B, P, M, N), in slot order, 0 at what is not
+    stored; differentiable.
+    """
     p = pattern
     assert p.head_map is None, "values need lists of their own for every head: expand_heads"
     (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
@@ -46,7 +59,9 @@ def gather(dense: Tensor, pattern: BlockPattern) -> Tensor:
         where = torch.empty_like(where).index_copy(0, p.row_slots.long(), where)
     row, column = where.div(max(nb, 1), rounding_mode="floor"), where % max(nb, 1)
     pattern_of, row = row.div(max(mb, 1), rounding_mode="floor"), row % max(mb, 1)
-    values = blocks[:, pattern_of, row, :, column].transpose(0, 1)  # the indexed dimension comes first
+    values = blocks[:, pattern_of, row, :, column].transpose(
+        0, 1
+    )  # the indexed dimension comes first
     mask = entry_mask(p)
     return values.contiguous() if mask is None else values.masked_fill(~mask, 0)
 
@@ -100,7 +115,9 @@ def entries_per_pattern(pattern: BlockPattern) -> Tensor:
         if p.row_slots is not None:
             each = each[p.row_slots.long()]
         which = entry_rows(p.crow_indices, p.num_blocks).div(max(mb, 1), rounding_mode="floor")
-        return torch.zeros(p.num_patterns, dtype=torch.long, device=p.device).index_add_(0, which, each)
+        return torch.zeros(p.num_patterns, dtype=torch.long, device=p.device).index_add_(
+            0, which, each
+        )
 
     return derived(pattern, "entries_per_pattern", build)
 

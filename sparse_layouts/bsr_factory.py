@@ -1,4 +1,8 @@
-"""`sl.bsr`: a block-sparse tensor from a dense one or from torch's own sparse tensors; `sparse_mask` onto any layout."""
+"""`sl.bsr`:
+
+a block-sparse tensor from a dense one or from torch's own sparse tensors; `sparse_mask` onto any
+layout.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +26,16 @@ def bsr(
     keep: Any = None,
     device: Device = None,
 ) -> BSRTensor:
-    """A BSRTensor of the blocks of a matrix that are kept: with `keep=None` those with a non-zero, else what the sparsifier keeps.
+    """A BSRTensor of the blocks of a matrix that are kept: with `keep=None` those with a non-zero,
+    else what the sparsifier keeps.
 
-    dense (*lead, M, N): a 2-D matrix, or one pattern for each leading index, e.g. (H, M, N). `block_size`: int or (bm, bn), by default 32;
-    it must divide M and N. Keeps the dtype; differentiable in a dense argument. A `torch.sparse_bsr` tensor keeps its own
-    blocks, other sparse tensors of torch are converted without densifying.
+    dense (*lead, M, N): a 2-D matrix, or one pattern for each leading index, e.g. (H, M, N).
+    `block_size`: int or (bm, bn), by default 32; it must divide M and N. Keeps the dtype;
+    differentiable in a dense argument. A `torch.sparse_bsr` tensor keeps its own blocks, other
+    sparse tensors of torch are converted without densifying.
 
-    Raises `TypeError` for what is no tensor or a bool one, `ValueError` for sizes that the block does not divide.
+    Raises `TypeError` for what is no tensor or a bool one, `ValueError` for sizes that the block
+    does not divide.
 
     >>> import torch, sparse_layouts as sl
     >>> sl.bsr(torch.eye(64), block_size=16)
@@ -36,7 +43,9 @@ def bsr(
     """
     source = dense_or_torch_sparse
     if not isinstance(source, Tensor):
-        raise TypeError(f"bsr: expected a dense or torch.sparse tensor, got {type(source).__name__}")
+        raise TypeError(
+            f"bsr: expected a dense or torch.sparse tensor, got {type(source).__name__}"
+        )
     if isinstance(source, LayoutTensor):
         source = source.to_dense()
     if device is not None:
@@ -50,10 +59,14 @@ def bsr(
     if keep is None:
         kept = (blocks != 0).any(-1).any(-2)
     elif hasattr(keep, "choose"):
-        norms = torch.linalg.vector_norm(blocks.to(torch.promote_types(blocks.dtype, torch.float32)), dim=(-3, -1))
+        norms = torch.linalg.vector_norm(
+            blocks.to(torch.promote_types(blocks.dtype, torch.float32)), dim=(-3, -1)
+        )
         kept = keep.choose(norms)
     else:
-        raise TypeError(f"bsr: keep is a sparsifier such as sl.Magnitude(density=0.25), got {keep!r}")
+        raise TypeError(
+            f"bsr: keep is a sparsifier such as sl.Magnitude(density=0.25), got {keep!r}"
+        )
     pattern = pattern_from_dense(kept, block, (m, n))
     like = BSRTensor.on_pattern(None, pattern)
     return sampled(source, like)  # type: ignore[return-value]
@@ -61,23 +74,34 @@ def bsr(
 
 def _check_dense(dense: Tensor, block: tuple[int, int]) -> None:
     if dense.dtype == torch.bool:
-        raise TypeError("bsr: expected values, got a bool tensor; sl.mask_from makes an exact mask of it")
+        raise TypeError(
+            "bsr: expected values, got a bool tensor; sl.mask_from makes an exact mask of it"
+        )
     if dense.dim() < 2:
         raise ValueError(f"bsr: expected (*lead, M, N), got shape {tuple(dense.shape)}")
     m, n = dense.shape[-2:]
     bm, bn = block
     if m % bm or n % bn:
         raise ValueError(
-            f"bsr: the block {block} does not divide the matrix {(m, n)}; pad it to {(-(-m // bm) * bm, -(-n // bn) * bn)} "
+            f"bsr: the block {block} does not divide the matrix {(m, n)}; pad it to "
+            f"{(-(-m // bm) * bm, -(-n // bn) * bn)} "
             f"with torch.nn.functional.pad(x, (0, {-n % bn}, 0, {-m % bm}))"
         )
 
 
-def _from_torch_sparse(source: Tensor, block_size: int | tuple[int, int] | None, keep: Any) -> BSRTensor:
+def _from_torch_sparse(
+    source: Tensor, block_size: int | tuple[int, int] | None, keep: Any
+) -> BSRTensor:
     if keep is not None:
-        raise ValueError("bsr: keep= chooses blocks of a dense tensor; a sparse tensor has chosen already (densify it first)")
+        raise ValueError(
+            "bsr: keep= chooses blocks of a dense tensor; a sparse tensor has chosen already "
+            "(densify it first)"
+        )
     if source.dim() != 2:
-        raise ValueError(f"bsr: expected a sparse matrix, got shape {tuple(source.shape)}; convert each sample for itself")
+        raise ValueError(
+            f"bsr: expected a sparse matrix, got shape {tuple(source.shape)}; convert each "
+            f"sample for itself"
+        )
     if source.layout != torch.sparse_bsr:
         block = block_size_pair(32 if block_size is None else block_size, "bsr")
         _check_dense(source, block)
@@ -86,7 +110,10 @@ def _from_torch_sparse(source: Tensor, block_size: int | tuple[int, int] | None,
         source = source.to_sparse_csr().to_sparse_bsr(block)
     own = (source.values().shape[-2], source.values().shape[-1])
     if block_size is not None and block_size_pair(block_size, "bsr") != own:
-        raise ValueError(f"bsr: the tensor has blocks of {own}, not {block_size}; leave block_size out to keep them")
+        raise ValueError(
+            f"bsr: the tensor has blocks of {own}, not {block_size}; leave block_size out to "
+            f"keep them"
+        )
     pattern = build_pattern(
         source.crow_indices()[None].int(),
         source.col_indices().int(),
@@ -100,14 +127,20 @@ def _from_torch_sparse(source: Tensor, block_size: int | tuple[int, int] | None,
 
 @route(torch.Tensor.sparse_mask, mask=LayoutTensor)
 def sparse_mask(input: Tensor, mask: LayoutTensor) -> LayoutTensor:
-    """`x.sparse_mask(w)`: the entries of a dense x that w stores, in w's layout; differentiable in x."""
+    """`x.sparse_mask(w)`:
+
+    the entries of a dense x that w stores, in w's layout; differentiable in x.
+    """
     if not isinstance(mask, BSRTensor):
         if tuple(input.shape) != tuple(mask.shape):
-            raise ValueError(f"sparse_mask: shapes differ: {tuple(input.shape)} and {tuple(mask.shape)}")
+            raise ValueError(
+                f"sparse_mask: shapes differ: {tuple(input.shape)} and {tuple(mask.shape)}"
+            )
         return sampled(input, mask)
     tail = mask.lead_dims + 2
     if tuple(input.shape[-tail:]) != tuple(mask.shape[-tail:]):
         raise ValueError(
-            f"sparse_mask: expected a tensor of shape (*batch, {', '.join(map(str, mask.shape[-tail:]))}), got {tuple(input.shape)}"
+            f"sparse_mask: expected a tensor of shape (*batch, "
+            f"{', '.join(map(str, mask.shape[-tail:]))}), got {tuple(input.shape)}"
         )
     return sampled(input, mask)

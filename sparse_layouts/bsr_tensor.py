@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 
 class BSRTensor(LayoutTensor):
-    """Block-sparse rows: the stored blocks of a matrix, row by row, as in `torch.sparse_bsr`; with values, or as a bool mask.
+    """Block-sparse rows: the stored blocks of a matrix, row by row, as in `torch.sparse_bsr`; with
+    values, or as a bool mask.
 
     A 4 x 4 example with blocks of 2::
 
@@ -36,18 +37,19 @@ class BSRTensor(LayoutTensor):
 
     field | shape | dtype | invariant
     ---|---|---|---
-    `inner_values` | (*batch, nnzb, bm, bn) | any | None for a mask; 0 wherever nothing is stored; may be a transposed view
-    the ten tensors of `block_pattern` | see :class:`~sparse_layouts.block_pattern.BlockPattern` | int32 | ascending, in range
+    `inner_values` | (*batch, nnzb, bm, bn) | any | None for a mask; 0 wherever nothing is stored
+    the ten tensors of `block_pattern` | see `BlockPattern` | int32 | ascending, in range
 
-    The shape is (*batch, *lead, M, N): every batch index has values of its own on one pattern; leading indices (heads) have a pattern
-    each, and heads of a mask that are equal share one. Memory: nnzb * (bm * bn * itemsize + 12) bytes and 8 bytes a block row and column
-    (8 of the 12 are the column lists, which transposed products and gradients use).
+    The shape is (*batch, *lead, M, N): every batch index has values of its own on one pattern;
+    leading indices (heads) have a pattern each, and heads of a mask that are equal share one.
+    Memory: nnzb * (bm * bn * itemsize + 12) bytes and 8 bytes a block row and column (8 of the 12
+    are the column lists, which transposed products and gradients use).
 
     Made by `sl.bsr`, `sl.bsr_mask`, `sl.mask_from` and the mask factories.
     """
 
-    fields = ("values", *TENSOR_FIELDS)
-    static_fields = ("block_size", "lead_dims")
+    fields: ClassVar[tuple[str, ...]] = ("values", *TENSOR_FIELDS)
+    static_fields: ClassVar[tuple[str, ...]] = ("block_size", "lead_dims")
 
     block_size: tuple[int, int]
     lead_dims: int
@@ -84,17 +86,16 @@ class BSRTensor(LayoutTensor):
                 shape = self.shape
             m, n = shape[-2:]
             lead = tuple(shape[len(shape) - 2 - self.lead_dims : -2])
-            self._pattern = BlockPattern(
-                *self.inner_tensors()[1:],  # type: ignore[arg-type]
-                shape=(m, n),
-                block_size=self.block_size,
-                lead=lead,
+            self._pattern = BlockPattern._make(
+                (*self.inner_tensors()[1:], (m, n), self.block_size, lead)
             )
         return self._pattern
 
     @property
     def pattern(self) -> BSRTensor:
-        """The mask of the stored entries (a bool layout of the leading dimensions, without the batch); a mask returns itself."""
+        """The mask of the stored entries (a bool layout of the leading dimensions, without the
+        batch); a mask returns itself.
+        """
         if self.inner_values is None:
             return self
         return type(self).on_pattern(None, self.block_pattern, **self.own_static())
@@ -105,17 +106,15 @@ class BSRTensor(LayoutTensor):
         return self.inner_values is None
 
     def like_self(self, values: Tensor | None) -> Self:
-        """This layout with other values (*batch, S, bm, bn) in slot order, or as a mask for None."""
+        """This layout with other values (*batch, S, bm, bn) in slot order, or None: as a mask."""
         return type(self).on_pattern(values, self.block_pattern, **self.own_static())
 
     def map_inner(self, function: Any, values: Tensor | None) -> Self:
         """This layout with `function` applied to every index tensor, and with these values."""
         pattern = self.block_pattern if values is None else expand_heads(self.block_pattern)
         moved = [None if t is None else function(t) for t in pattern[:10]]
-        pattern = BlockPattern(*moved, *pattern[10:])  # type: ignore[arg-type]
+        pattern = BlockPattern._make((*moved, *pattern[10:]))
         return type(self).on_pattern(values, pattern, **self.own_static())
-
-    # --- dense, and back ----------------------------------------------------------------------------------------------
 
     def to_dense_entries(self) -> Tensor:
         """The plain matrix; bool for a mask."""
@@ -129,7 +128,9 @@ class BSRTensor(LayoutTensor):
         return densify(flat, self.block_pattern).reshape(self.shape)
 
     def sample(self, dense: Tensor) -> Self:
-        """The entries of `dense` (this layout's shape, or with other leading batch dimensions) that are stored here."""
+        """The entries of `dense` (this layout's shape, or with other leading batch dimensions) that
+        are stored here.
+        """
         p = expand_heads(self.block_pattern)
         batch = dense.shape[: dense.dim() - 2 - self.lead_dims]
         values = gather(dense.reshape(math.prod(batch), p.num_patterns, *p.shape), p)
@@ -140,15 +141,18 @@ class BSRTensor(LayoutTensor):
         return _mask_values(expand_heads(self.block_pattern)).to(dtype)
 
     def clear_unstored(self) -> None:
-        """Sets what lies inside a block but is not stored (bit tiles, over the edge) to zero, in place."""
+        """Sets what lies inside a block but is not stored (bit tiles, over the edge) to zero, in
+        place.
+        """
         mask = entry_mask(self.block_pattern)
         if mask is not None and self.inner_values is not None:
             self.inner_values.masked_fill_(~mask, 0)
 
-    # --- accessors, in row order --------------------------------------------------------------------------------------
-
     def crow_indices(self) -> Tensor:
-        """int32 (Mb + 1,), or (*lead, Mb + 1) with offsets into one `col_indices()`; equal heads of a mask share offsets."""
+        """int32 (Mb + 1,), or (*lead, Mb + 1) with offsets into one `col_indices()`;
+
+        equal heads of a mask share offsets.
+        """
         p = self.block_pattern
         if not p.lead:
             return p.crow_indices[0]
@@ -160,9 +164,11 @@ class BSRTensor(LayoutTensor):
         return self.block_pattern.col_indices
 
     def values(self) -> Tensor:
-        """(*batch, nnzb, bm, bn): the stored blocks in the order of `col_indices()`, differentiable.
+        """(*batch, nnzb, bm, bn): the stored blocks in the order of `col_indices()`,
+        differentiable.
 
-        Shares memory with the layout (but for a transposed one, whose blocks have to be put in order). Raises `TypeError` for a mask.
+        Shares memory with the layout (but for a transposed one, whose blocks have to be put in
+        order). Raises `TypeError` for a mask.
         """
         from sparse_layouts.layout_autograd import values_of
 
@@ -177,11 +183,12 @@ class BSRTensor(LayoutTensor):
         counts = self.block_pattern.block_counts
         return None if counts is None else counts[slots_in_row_order(self.block_pattern)]
 
-    # --- sizes --------------------------------------------------------------------------------------------------------
-
     @property
     def nnz(self) -> int:
-        """Stored entries, by token: of partial blocks those that are True, over all heads and the batch."""
+        """Stored entries, by token:
+
+        of partial blocks those that are True, over all heads and the batch.
+        """
         p = self.block_pattern
         return num_entries(p) * math.prod(self.shape[: self.dim() - 2 - self.lead_dims])
 
@@ -205,22 +212,26 @@ class BSRTensor(LayoutTensor):
         block = f"block {bm}" if bm == bn else f"block ({bm}, {bn})"
         if self.inner_tensors()[1] is None or type(p.col_indices) is not Tensor:
             return [block]  # being traced: there is nothing to count
+        if p.device.type == "meta":
+            return [block, f"{p.num_blocks} blocks"]
         text = [block, f"{p.num_blocks} blocks", f"density {self.density:.2%}"]
         if p.head_map is not None or p.num_patterns > 1:
             text.append(f"{p.num_patterns} patterns")
         return text
 
-    # --- other forms --------------------------------------------------------------------------------------------------
-
     def to_scipy(self) -> Any:
-        """A `scipy.sparse.bsr_array` (csr_array where the block does not divide the shape); nested lists over leading dimensions.
+        """A `scipy.sparse.bsr_array` (csr_array where the block does not divide the shape); nested
+        lists over leading dimensions.
 
         bfloat16, which scipy lacks, becomes float32.
         """
         return self._each_matrix(self._one_scipy)
 
     def to_torch_sparse(self) -> Any:
-        """A `torch.sparse_bsr` tensor (CSR where the block does not divide the shape); nested lists over leading dimensions."""
+        """A `torch.sparse_bsr` tensor (CSR where the block does not divide the shape);
+
+        nested lists over leading dimensions.
+        """
         return self._each_matrix(self._one_torch)
 
     def _each_matrix(self, make: Any) -> Any:
@@ -247,10 +258,12 @@ class BSRTensor(LayoutTensor):
 
         (m, n), (mb, nb) = self.block_pattern.shape, self.block_pattern.grid
         bm, bn = self.block_size
-        data = values.float() if values.dtype == torch.bfloat16 else values
-        data, indices, indptr = (t.cpu().numpy() for t in (data, col, crow))
+        exact = values.float() if values.dtype == torch.bfloat16 else values
+        data, indices, indptr = (t.cpu().numpy() for t in (exact, col, crow))
         if not len(indices):
-            kind = scipy.sparse.bsr_array if (m, n) == (mb * bm, nb * bn) else scipy.sparse.csr_array
+            kind = (
+                scipy.sparse.bsr_array if (m, n) == (mb * bm, nb * bn) else scipy.sparse.csr_array
+            )
             return kind((m, n), dtype=data.dtype)
         made = scipy.sparse.bsr_array((data, indices, indptr), shape=(mb * bm, nb * bn))
         if (m, n) == (mb * bm, nb * bn):
@@ -270,11 +283,16 @@ class BSRTensor(LayoutTensor):
         at = keep.nonzero(as_tuple=True)
         index = torch.stack([rows[at[0]] * bm + at[1], col.long()[at[0]] * bn + at[2]])
         inside = (index[0] < m) & (index[1] < n)
-        coo = torch.sparse_coo_tensor(index[:, inside], values[at][inside], (m, n), check_invariants=False)
+        coo = torch.sparse_coo_tensor(
+            index[:, inside], values[at][inside], (m, n), check_invariants=False
+        )
         return coo.coalesce().to_sparse_csr()
 
     def validate(self) -> None:
-        """Checks every invariant of the pattern and the values; raises `ValueError` that names the first broken one."""
+        """Checks every invariant of the pattern and the values;
+
+        raises `ValueError` that names the first broken one.
+        """
         check_pattern(self.block_pattern)
         values = self.inner_values
         if values is None:
@@ -284,16 +302,22 @@ class BSRTensor(LayoutTensor):
             raise ValueError("values need a pattern of their own for every head; got a head map")
         if values.dim() < 3 or tuple(values.shape[-3:]) != (p.num_blocks, *p.block_size):
             raise ValueError(
-                f"values: expected (*batch, {p.num_blocks}, {p.block_size[0]}, {p.block_size[1]}), got {tuple(values.shape)}"
+                f"values: expected (*batch, {p.num_blocks}, {p.block_size[0]}, "
+                f"{p.block_size[1]}), got {tuple(values.shape)}"
             )
         if values.device != p.device:
             raise ValueError(f"values are on {values.device}, the pattern on {p.device}")
         mask = entry_mask(p)
         if mask is not None and bool((values.masked_fill(mask, 0) != 0).any()):
-            raise ValueError("values: an entry that the pattern does not store is not 0 (inside a partial block or over the edge)")
+            raise ValueError(
+                "values: an entry that the pattern does not store is not 0 (inside a partial "
+                "block or over the edge)"
+            )
 
     def own_heads(self) -> Self:
-        """The same layout with lists of its own for every head, also where heads are equal (values need that)."""
+        """The same layout with lists of its own for every head, also where heads are equal (values
+        need that).
+        """
         return type(self).on_pattern(
             self.inner_values, expand_heads(self.block_pattern), **self.own_static()
         )
@@ -319,7 +343,9 @@ def _mask_values(pattern: BlockPattern) -> Tensor:
     mask = entry_mask(pattern)
     if mask is not None:
         return mask
-    return torch.ones(pattern.num_blocks, *pattern.block_size, dtype=torch.bool, device=pattern.device)
+    return torch.ones(
+        pattern.num_blocks, *pattern.block_size, dtype=torch.bool, device=pattern.device
+    )
 
 
 def block_size_pair(block_size: int | tuple[int, int], what: str) -> tuple[int, int]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from sparse_layouts.layout_tensor import LayoutTensor
 
+L = TypeVar("L", bound=LayoutTensor)
 
-def as_layout(grad: Tensor, like: LayoutTensor) -> LayoutTensor:
-    """A gradient to a layout in that layout: what arrives dense, or on another pattern, is sampled."""
+
+def as_layout(grad: Tensor, like: L) -> L:
+    """A gradient to a layout in that layout:
+
+    what arrives dense, or on another pattern, is sampled.
+    """
     if isinstance(grad, LayoutTensor):
         if grad.same_pattern(like):
-            return grad
+            return cast(L, grad)
         grad = grad.to_dense_entries()
     return like.sample(grad)
 

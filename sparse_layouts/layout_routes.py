@@ -1,4 +1,7 @@
-"""Routes that need no kernel: views, arithmetic that keeps the layout, sums; for every layout or for block layouts."""
+"""Routes that need no kernel:
+
+views, arithmetic that keeps the layout, sums; for every layout or for block layouts.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ class Transpose(torch.autograd.Function):
 
 @route(torch.transpose, input=BSRTensor)
 def transpose_blocks(input: BSRTensor, dim0: int, dim1: int) -> Any:
-    """`w.mT`: row and column lists change places and the values are shared; the last two dimensions only."""
+    """`w.mT`:
+
+    row and column lists change places and the values are shared; the last two dimensions only.
+    """
     with torch._C.DisableTorchFunctionSubclass():
         dims = input.dim()
         differentiable = torch.is_grad_enabled() and input.requires_grad
@@ -46,14 +52,20 @@ def transpose_blocks(input: BSRTensor, dim0: int, dim1: int) -> Any:
 
 @route(torch.Tensor.__getitem__, input=BSRTensor)
 def select_blocks(input: BSRTensor, index: Any) -> Any:
-    """`w[h]`, `w[:, 64:128]`: heads, samples, and rows and columns cut at block edges; any other index is dense."""
+    """`w[h]`, `w[:, 64:128]`:
+
+    heads, samples, and rows and columns cut at block edges; any other index is dense.
+    """
     found = select(input, index)
     return NotImplemented if found is None else found
 
 
 @route(torch.mul, input=LayoutTensor)
 def scale_or_sample(input: LayoutTensor, other: Any) -> Any:
-    """`w * 2` scales the stored entries; `w * dense` takes the dense entries that w stores, times w."""
+    """`w * 2` scales the stored entries;
+
+    `w * dense` takes the dense entries that w stores, times w.
+    """
     return _times(input, other)
 
 
@@ -64,7 +76,9 @@ def scale_or_sample_right(input: Any, other: LayoutTensor) -> Any:
 
 
 def _is_scalar(value: Any) -> bool:
-    return not isinstance(value, Tensor) or (value.dim() == 0 and not isinstance(value, LayoutTensor))
+    return not isinstance(value, Tensor) or (
+        value.dim() == 0 and not isinstance(value, LayoutTensor)
+    )
 
 
 def _times(layout: LayoutTensor, other: Any) -> Any:
@@ -97,7 +111,10 @@ def multiply_entries(input: LayoutTensor, other: LayoutTensor) -> Any:
 
 @route(torch.div, input=LayoutTensor)
 def divide_by_scalar(input: LayoutTensor, other: Any, *, rounding_mode: str | None = None) -> Any:
-    """`w / 2`: the stored entries; by zero, infinity or a dense tensor it is dense (0 / 0 is not 0)."""
+    """`w / 2`:
+
+    the stored entries; by zero, infinity or a dense tensor it is dense (0 / 0 is not 0).
+    """
     if input.stored_values is None or not _is_scalar(other):
         return NotImplemented
     if not isinstance(other, Tensor) and (other == 0 or math.isnan(other)):
@@ -122,7 +139,9 @@ def subtract_entries(input: LayoutTensor, other: LayoutTensor, *, alpha: float =
 
 
 @route(F.dropout, input=LayoutTensor)
-def drop_entries(input: LayoutTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+def drop_entries(
+    input: LayoutTensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Any:
     """Dropout of the stored entries (zeros dropped are zeros)."""
     if input.stored_values is None or inplace:
         return NotImplemented
@@ -130,8 +149,13 @@ def drop_entries(input: LayoutTensor, p: float = 0.5, training: bool = True, inp
 
 
 @route(torch.sum, input=LayoutTensor)
-def sum_entries(input: LayoutTensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
-    """The sum of all entries; along the last or last but one dimension a product with ones; other sums are dense."""
+def sum_entries(
+    input: LayoutTensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    """The sum of all entries;
+
+    along the last or last but one dimension a product with ones; other sums are dense.
+    """
     if input.stored_values is None:
         return NotImplemented
     if dim is None or dim == ():
@@ -140,6 +164,8 @@ def sum_entries(input: LayoutTensor, dim: Any = None, keepdim: bool = False, *, 
     dims = [dim] if isinstance(dim, int) else list(dim)
     if not isinstance(input, BSRTensor) or len(dims) != 1:
         return NotImplemented
+    if dtype is not None:
+        input = input.to(dtype)  # before adding up, as torch does
     axis = dims[0] % input.dim()
     if axis == input.dim() - 1:
         ones = input.inner_values.new_ones(input.shape[-1], 1)  # type: ignore[union-attr]
@@ -151,17 +177,26 @@ def sum_entries(input: LayoutTensor, dim: Any = None, keepdim: bool = False, *, 
         out = out if keepdim else out.squeeze(-2)
     else:
         return NotImplemented
-    return out if dtype is None else out.to(dtype)
+    return out
 
 
 @route(torch.norm, input=LayoutTensor)
+@route(torch.Tensor.norm, input=LayoutTensor)
 @route(torch.linalg.norm, input=LayoutTensor)
 @route(torch.linalg.vector_norm, input=LayoutTensor)
-def norm_of_entries(input: LayoutTensor, p: Any = None, dim: Any = None, keepdim: bool = False, **rest: Any) -> Any:
+def norm_of_entries(
+    input: LayoutTensor, p: Any = None, dim: Any = None, keepdim: bool = False, **rest: Any
+) -> Any:
     """A norm over all entries (Frobenius, or of an order above 0): zeros add nothing to it."""
     order = rest.pop("ord", p)
     order = 2 if order in (None, "fro") else order
-    if input.stored_values is None or dim is not None or keepdim or isinstance(order, str) or order <= 0:
+    if (
+        input.stored_values is None
+        or dim is not None
+        or keepdim
+        or isinstance(order, str)
+        or order <= 0
+    ):
         return NotImplemented
     dtype = rest.pop("dtype", None)
     if rest:
@@ -169,30 +204,45 @@ def norm_of_entries(input: LayoutTensor, p: Any = None, dim: Any = None, keepdim
     return torch.linalg.vector_norm(values_of(input), order, dtype=dtype)
 
 
-def _softmax_densely(layout: LayoutTensor, dim: int, dtype: torch.dtype | None, log: bool) -> LayoutTensor:
-    """softmax over the stored entries of any layout, by densifying: what is not stored is -inf, and stays out of the result."""
+def _softmax_densely(
+    layout: LayoutTensor, dim: int, dtype: torch.dtype | None, log: bool
+) -> LayoutTensor:
+    """softmax over the stored entries of any layout, by densifying:
+
+    what is not stored is -inf, and stays out of the result.
+    """
     name = "log_softmax" if log else "softmax"
     values = layout.stored_values
     if values is None:
         raise TypeError(f"{name}: a mask layout has no values")
     cost = 3 * dense_bytes(layout)  # the scores, which of them are stored, the result
-    what = f"{name} of a {type(layout).__name__} has no kernel; computing it densely, over the stored entries."
+    kind = type(layout).__name__
+    what = f"{name} of a {kind} has no kernel; computing it densely, over the stored entries."
     permit(what, cost, layout.device.type, name)
     record(name, "dense fallback", facts_of(values), cost)
     stored = layout.like_self(torch.ones_like(values)).to_dense_entries() != 0
     scores = layout.to_dense().masked_fill(~stored, -torch.inf)
     empty = ~stored.any(dim, keepdim=True)
-    out = (torch.log_softmax if log else torch.softmax)(scores.masked_fill(empty, 0.0), dim, dtype=dtype)
+    out = (torch.log_softmax if log else torch.softmax)(
+        scores.masked_fill(empty, 0.0), dim, dtype=dtype
+    )
     return sampled(out, layout)
 
 
 @route(torch.softmax, input=LayoutTensor)
-def softmax_of_entries(input: LayoutTensor, dim: int, dtype: torch.dtype | None = None) -> LayoutTensor:
-    """`torch.softmax(w, dim)` of any layout: over the stored entries, in the layout; dense inside."""
+def softmax_of_entries(
+    input: LayoutTensor, dim: int, dtype: torch.dtype | None = None
+) -> LayoutTensor:
+    """`torch.softmax(w, dim)` of any layout:
+
+    over the stored entries, in the layout; dense inside.
+    """
     return _softmax_densely(input, dim, dtype, False)
 
 
 @route(torch.log_softmax, input=LayoutTensor)
-def log_softmax_of_entries(input: LayoutTensor, dim: int, dtype: torch.dtype | None = None) -> LayoutTensor:
+def log_softmax_of_entries(
+    input: LayoutTensor, dim: int, dtype: torch.dtype | None = None
+) -> LayoutTensor:
     """`torch.log_softmax(w, dim)` of any layout, likewise."""
     return _softmax_densely(input, dim, dtype, True)

@@ -1,4 +1,7 @@
-"""LayoutTensor: what every layout is, once. A layout's file declares its fields and what is its own."""
+"""LayoutTensor:
+
+what every layout is, once. A layout's file declares its fields and what is its own.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,18 @@ L = TypeVar("L", bound="LayoutTensor")
 
 
 class LayoutTensor(torch.Tensor, Layout):
-    """A matrix that stores part of its entries, as a `torch.Tensor`; what is not stored is zero (False in a mask).
+    """A matrix that stores part of its entries, as a `torch.Tensor`; what is not stored is zero
+    (False in a mask).
 
-    A subclass names its tensors in `fields` (each is kept as attribute `inner_<name>`; the first one holds the values,
-    its dtype is the layout's) and its other metadata, hashable and static, in `static_fields`. It writes `to_dense` (the plain matrix from
-    its tensors; the base makes it differentiable) and, to be made from one, a classmethod `from_dense`. Every torch function then
-    works, by the dense fallback; `@sl.route(torch.mm, input=MyLayout)` adds a sparse one. Construction: `MyLayout(*tensors, shape=..., **static)`.
+    A subclass names its tensors in `fields` (each is kept as attribute `inner_<name>`; the first
+    one holds the values, its dtype is the layout's) and its other metadata, hashable and static, in
+    `static_fields`. It writes `to_dense` (the plain matrix from its tensors; the base makes it
+    differentiable) and, to be made from one, a classmethod `from_dense`. Every torch function then
+    works, by the dense fallback; `@sl.route(torch.mm, input=MyLayout)` adds a sparse one.
+    Construction: `MyLayout(*tensors, shape=..., **static)`.
 
-    Gradients come in the same layout. Transforms of `torch.func` with respect to a layout raise: they hide the subclass.
+    Gradients come in the same layout. Transforms of `torch.func` with respect to a layout raise:
+    they hide the subclass.
 
     >>> import torch, sparse_layouts as sl
     >>> class Diagonal(sl.LayoutTensor):
@@ -42,8 +49,6 @@ class LayoutTensor(torch.Tensor, Layout):
     fields: ClassVar[tuple[str, ...]] = ()
     static_fields: ClassVar[tuple[str, ...]] = ()
 
-    # --- making one ---------------------------------------------------------------------------------------------------
-
     @staticmethod
     def __new__(
         cls: type[L],
@@ -53,14 +58,19 @@ class LayoutTensor(torch.Tensor, Layout):
         requires_grad: bool = False,
         **static: Any,
     ) -> L:
-        """A layout of these inner tensors, in the order of `fields`; None where a field is left out."""
+        """A layout of these inner tensors, in the order of `fields`;
+
+        None where a field is left out.
+        """
         if len(inner) != len(cls.fields):
             raise TypeError(
-                f"{cls.__name__}: expected {len(cls.fields)} tensors ({', '.join(cls.fields)}), got {len(inner)}"
+                f"{cls.__name__}: expected {len(cls.fields)} tensors ({', '.join(cls.fields)}), "
+                f"got {len(inner)}"
             )
         if set(static) != set(cls.static_fields):
             raise TypeError(
-                f"{cls.__name__}: expected the static fields {cls.static_fields}, got {tuple(static)}"
+                f"{cls.__name__}: expected the static fields {cls.static_fields}, got "
+                f"{tuple(static)}"
             )
         present = next(t for t in inner if t is not None)
         self = torch.Tensor._make_wrapper_subclass(
@@ -82,7 +92,9 @@ class LayoutTensor(torch.Tensor, Layout):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "to_dense" in cls.__dict__:  # a layout's own: the differentiable one of the base calls it
+        if (
+            "to_dense" in cls.__dict__
+        ):  # a layout's own: the differentiable one of the base calls it
             cls.to_dense_entries = cls.__dict__["to_dense"]  # type: ignore[method-assign]
             del cls.to_dense
         torch.serialization.add_safe_globals([cls, rebuild])
@@ -97,7 +109,10 @@ class LayoutTensor(torch.Tensor, Layout):
 
     @property
     def stored_values(self) -> Tensor | None:
-        """The tensor of stored values as it lies in memory, None for a mask. Not differentiable: see `values()`."""
+        """The tensor of stored values as it lies in memory, None for a mask.
+
+        Not differentiable: see `values()`.
+        """
         return getattr(self, "inner_" + self.fields[0])
 
     def like_self(self: L, values: Tensor | None) -> L:
@@ -107,21 +122,24 @@ class LayoutTensor(torch.Tensor, Layout):
         return type(self)(*inner, shape=self.shape, dtype=dtype, **self.static())
 
     def map_inner(self: L, function: Callable[[Tensor], Tensor], values: Tensor | None) -> L:
-        """The same layout with `function` applied to every tensor but the values, which are given."""
+        """The same layout, `function` applied to every tensor but the values, which are given."""
         rest = [None if t is None else function(t) for t in self.inner_tensors()[1:]]
         dtype = self.dtype if values is None else values.dtype
         return type(self)(values, *rest, shape=self.shape, dtype=dtype, **self.static())
 
-    # --- what a layout defines ----------------------------------------------------------------------------------------
-
     def to_dense_entries(self) -> Tensor:
-        """The plain matrix from the inner tensors, not differentiable: what a layout writes as `to_dense`."""
+        """The plain matrix from the inner tensors, not differentiable:
+
+        what a layout writes as `to_dense`.
+        """
         raise NotImplementedError(f"{type(self).__name__} defines no to_dense()")
 
     def sample(self: L, dense: Tensor) -> L:
-        """The entries of `dense` (this layout's shape) that this layout stores, in this layout; not differentiable.
+        """The entries of `dense` (this layout's shape) that this layout stores, in this layout; not
+        differentiable.
 
-        This one works for any layout: it densifies 1..nnz to learn which stored value is which entry.
+        This one works for any layout: it densifies 1..nnz to learn which stored value is which
+        entry.
         """
         values = self.stored_values
         assert values is not None, "a mask layout samples by its own method"
@@ -133,7 +151,10 @@ class LayoutTensor(torch.Tensor, Layout):
         return self.like_self(dense.reshape(-1)[found[1:]].view(values.shape).to(dense.dtype))
 
     def same_pattern(self, other: LayoutTensor) -> bool:
-        """Whether both store the same entries in the same places. By identity of the index tensors, else by content."""
+        """Whether both store the same entries in the same places.
+
+        By identity of the index tensors, else by content.
+        """
         if type(self) is not type(other) or self.shape != other.shape:
             return False
         if self.static() != other.static():
@@ -142,11 +163,14 @@ class LayoutTensor(torch.Tensor, Layout):
         return all(same_index(a, b) for a, b in pairs)
 
     def clear_unstored(self) -> None:
-        """Sets to zero what `values` holds room for but the layout does not store; most layouts have no such room."""
+        """Sets to zero what `values` holds room for but the layout does not store;
 
-    # --- what every layout has ----------------------------------------------------------------------------------------
+        most layouts have no such room.
+        """
 
-    def to_dense(self, dtype: torch.dtype | None = None, *, masked_grad: bool | None = None) -> Tensor:
+    def to_dense(
+        self, dtype: torch.dtype | None = None, *, masked_grad: bool | None = None
+    ) -> Tensor:
         """The plain matrix, differentiable: its gradient is sampled onto this layout.
 
         >>> import torch, sparse_layouts as sl
@@ -162,16 +186,25 @@ class LayoutTensor(torch.Tensor, Layout):
         return dense if dtype is None else dense.to(dtype)
 
     def to_scipy(self) -> Any:
-        """The matrix as `scipy.sparse.csr_array`, by way of the dense one unless the layout knows better; 2-D only."""
+        """The matrix as `scipy.sparse.csr_array`, by way of the dense one unless the layout knows
+        better; 2-D only.
+        """
         import scipy.sparse
 
         dense = self.to_dense_entries().detach().cpu()
         if dense.dim() != 2:
-            raise ValueError(f"to_scipy: expected a matrix, got shape {tuple(self.shape)}; convert each one for itself")
-        return scipy.sparse.csr_array(dense.float().numpy() if dense.dtype == torch.bfloat16 else dense.numpy())
+            raise ValueError(
+                f"to_scipy: expected a matrix, got shape {tuple(self.shape)}; convert each one "
+                f"for itself"
+            )
+        return scipy.sparse.csr_array(
+            dense.float().numpy() if dense.dtype == torch.bfloat16 else dense.numpy()
+        )
 
     def to_torch_sparse(self) -> Tensor:
-        """The matrix as a `torch.sparse_csr` tensor, by way of the dense one unless the layout knows better."""
+        """The matrix as a `torch.sparse_csr` tensor, by way of the dense one unless the layout
+        knows better.
+        """
         return self.to_dense_entries().detach().to_sparse_csr()
 
     @property
@@ -188,7 +221,10 @@ class LayoutTensor(torch.Tensor, Layout):
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
-        """Bytes that the tensor keeps alive: values and indices; derived schedules apart, in `cached_bytes`."""
+        """Bytes that the tensor keeps alive:
+
+        values and indices; derived schedules apart, in `cached_bytes`.
+        """
         storages = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
             for t in self.inner_tensors()
@@ -202,13 +238,14 @@ class LayoutTensor(torch.Tensor, Layout):
         return 0
 
     def prepack(self: L) -> L:
-        """This tensor in the storage order that the device's kernels want; the same tensor where there is no other order."""
+        """This tensor in the storage order that the device's kernels want;
+
+        the same tensor where there is no other order.
+        """
         return self
 
     def validate(self) -> None:
         """Raises `ValueError` naming the first broken invariant; a layout adds its own."""
-
-    # --- the machinery ------------------------------------------------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         names = ["inner_" + n for n in self.fields if getattr(self, "inner_" + n) is not None]
@@ -225,18 +262,25 @@ class LayoutTensor(torch.Tensor, Layout):
         return cls(*tensors, shape=outer_size, dtype=dtype, **dict(static))
 
     def _stable_hash_for_caching(self) -> str:
-        """What torch's compile cache tells layouts apart by: everything that traced code depends on."""
+        """What torch's compile cache tells layouts apart by:
+
+        everything that traced code depends on.
+        """
         names, (cls, static, dtype) = self.__tensor_flatten__()
         return f"{cls.__module__}.{cls.__qualname__} {names} {static} {dtype}"
 
-    def __coerce_same_metadata_as_tangent__(self, metadata: Any, expected_type: type | None = None) -> Tensor | None:
+    def __coerce_same_metadata_as_tangent__(
+        self, metadata: Any, expected_type: type | None = None
+    ) -> Tensor | None:
         if expected_type is not None and expected_type is torch.Tensor:
             return self.to_dense_entries()
         return self if metadata == self.__tensor_flatten__()[1] else None
 
     @classmethod
     def keeps(cls, function: Callable[..., Any]) -> bool:
-        """Whether torch's own function, applied to this layout, works on the stored entries and keeps the layout."""
+        """Whether torch's own function, applied to this layout, works on the stored entries and
+        keeps the layout.
+        """
         return keeps_layout(function)
 
     @classmethod
@@ -257,14 +301,16 @@ class LayoutTensor(torch.Tensor, Layout):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         handler = handler_of(func)
         if handler is None:
             raise NotImplementedError(
-                f"{func} reached a {cls.__name__} below autograd, where only work on stored entries is done. "
-                "Transforms of torch.func and code behind the dispatcher do that: differentiate with respect to dense operands, "
+                f"{func} reached a {cls.__name__} below autograd, where only work on stored "
+                f"entries is done. "
+                "Transforms of torch.func and code behind the dispatcher do that: differentiate "
+                "with respect to dense operands, "
                 "or pass w.to_dense()."
             )
         return handler(func, args, {} if kwargs is None else kwargs)
@@ -274,20 +320,23 @@ class LayoutTensor(torch.Tensor, Layout):
         if id(self) in memo:
             return memo[id(self)]
         if not self.is_leaf:
-            raise RuntimeError("Only layouts created explicitly by the user support deepcopy; use .detach() first")
+            raise RuntimeError(
+                "Only layouts created explicitly by the user support deepcopy; use .detach() first"
+            )
         values = self.stored_values
         copy = self.like_self(None if values is None else values.detach().clone())
         copy.requires_grad_(self.requires_grad)
         memo[id(self)] = copy
         if getattr(self, "_is_param", False):
-            copy._is_param = True  # type: ignore[attr-defined]
+            copy._is_param = True
         if self.grad is not None:
             copy.grad = self.grad.__deepcopy__(memo)
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         is_parameter = bool(getattr(self, "_is_param", False))
-        inner = tuple(None if t is None else t.detach() for t in self.inner_tensors())
+        values, *rest = self.inner_tensors()
+        inner = (None if values is None else values.detach(), *rest)
         return rebuild, (
             type(self),
             inner,
@@ -298,9 +347,10 @@ class LayoutTensor(torch.Tensor, Layout):
             is_parameter,
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape = ", ".join(map(str, self.shape))
-        text = f"{type(self).__name__}([{shape}], {str(self.dtype).removeprefix('torch.')}, {self.device}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        text = f"{type(self).__name__}([{shape}], {dtype}, {self.device}"
         details = "".join(f", {line}" for line in self.describe())
         grad = ", requires_grad" if self.requires_grad else ""
         return text + details + grad + ")"
@@ -323,7 +373,7 @@ def rebuild(
     layout = cls(*inner, shape=shape, dtype=dtype, **dict(static))
     layout.requires_grad_(requires_grad)
     if is_parameter:
-        layout._is_param = True  # type: ignore[attr-defined]
+        layout._is_param = True
     return layout
 
 

@@ -1,8 +1,12 @@
-"""LocalStrideTensor: local blocks and every so-manieth column, a different residue for each head (phi-3-small's attention)."""
+"""LocalStrideTensor:
+
+local blocks and every so-manieth column, a different residue for each head (phi-3-small's
+attention).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,14 +28,14 @@ class LocalStrideTensor(BSRTensor):
 
     field | shape | dtype | invariant
     ---|---|---|---
-    those of BSRTensor | | | at most `vert_stride` different patterns (and a dense one), a head map points to them
-    `local_blocks`, `vert_stride`, `head_offset`, `num_dense_heads` | static | int | what it was made with
-    `homo_head`, `is_causal` | static | bool | what it was made with
+    those of BSRTensor | | | at most `vert_stride` patterns and a dense one
+    `local_blocks`, `vert_stride`, `head_offset`, `num_dense_heads` | static | int | as made
+    `homo_head`, `is_causal` | static | bool | as made
 
     Memory: 12 bytes a stored block of each different head.
     """
 
-    static_fields = (
+    static_fields: ClassVar[tuple[str, ...]] = (
         *BSRTensor.static_fields,
         "local_blocks",
         "vert_stride",
@@ -66,22 +70,28 @@ def local_stride(
     causal: bool = True,
     device: Device = None,
 ) -> LocalStrideTensor:
-    """The local-stride mask (num_heads, N, N), or (N, N) for one head: near blocks, and every `vert_stride`-th block column.
+    """The local-stride mask (num_heads, N, N), or (N, N) for one head: near blocks, and every
+    `vert_stride`-th block column.
 
-    With i, j block row and column, V = vert_stride and h the KV head (each repeated for its group of query heads), causal::
+    With i, j block row and column, V = vert_stride and h the KV head (each repeated for its group
+    of query heads), causal::
 
-        stored = j <= i and (i - j < local_blocks or (j + h * step + head_offset) % V == 0),  step = max(1, V // num_heads)
+        step = max(1, V // num_heads)
+        stored = j <= i and (i - j < local_blocks or (j + h * step + head_offset) % V == 0)
 
-    Diagonal blocks are causal by token. Not causal: the stride counts from the window's edge, ``(max(i-j-L+1, 0) + max(j-i-L+1, 0)) % V == 0``,
-    the same for all heads. The last `num_dense_heads` KV heads attend to everything; `homo_head` gives all heads the pattern of head 0. `head_offset=1` is
-    phi-3-small's published attention. Sizes in blocks, but seq_len in tokens (any, also one that the block does not divide).
+    Diagonal blocks are causal by token. Not causal: the stride counts from the window's edge,
+    ``(max(i-j-L+1, 0) + max(j-i-L+1, 0)) % V == 0``, the same for all heads. The last
+    `num_dense_heads` KV heads attend to everything; `homo_head` gives all heads the pattern of head
+    0. `head_offset=1` is phi-3-small's published attention. Sizes in blocks, but seq_len in tokens
+    (any, also one that the block does not divide).
 
-    Built on `device` in O(stored blocks) without a host sync; equal heads are stored once.
-    Raises `ValueError` for sizes out of range or heads that do not divide.
-    Source: https://github.com/linxihui/dkernel and phi-3-small, https://arxiv.org/abs/2404.14219 section 2.
+    Built on `device` in O(stored blocks) without a host sync; equal heads are stored once. Raises
+    `ValueError` for sizes out of range or heads that do not divide. Source:
+    https://github.com/linxihui/dkernel and phi-3-small, https://arxiv.org/abs/2404.14219 section 2.
 
     >>> import sparse_layouts as sl
-    >>> sl.local_stride(8192, block_size=64, local_blocks=16, vert_stride=8, num_heads=32).block_pattern.num_patterns
+    >>> mask = sl.local_stride(8192, block_size=64, local_blocks=16, vert_stride=8, num_heads=32)
+    >>> mask.block_pattern.num_patterns
     8
     """
     what = "local_stride"
@@ -89,20 +99,26 @@ def local_stride(
     local = checked_length(local_blocks, "local_blocks", what)
     stride = checked_length(vert_stride, "vert_stride", what, 1)
     heads = checked_length(num_heads, "num_heads", what, 1)
-    kv_heads = heads if num_kv_heads is None else checked_length(num_kv_heads, "num_kv_heads", what, 1)
+    kv_heads = (
+        heads if num_kv_heads is None else checked_length(num_kv_heads, "num_kv_heads", what, 1)
+    )
     dense_heads = checked_length(num_dense_heads, "num_dense_heads", what)
     offset = checked_length(head_offset, "head_offset", what)
     if heads % kv_heads:
         raise ValueError(f"{what}: num_kv_heads {kv_heads} must divide num_heads {heads}")
     if dense_heads > kv_heads:
-        raise ValueError(f"{what}: num_dense_heads {dense_heads} is more than the {kv_heads} KV heads")
+        raise ValueError(
+            f"{what}: num_dense_heads {dense_heads} is more than the {kv_heads} KV heads"
+        )
     on = torch.device(device if device is not None else "cpu")
     nb = -(-n // b)
 
     # The residue (head offset modulo V) that each KV head adds to the column; -1 for a dense head.
     step = max(1, stride // heads)
     sparse_heads = range(kv_heads - dense_heads)
-    residues = [((0 if homo_head else h) * step + offset) % stride if causal else 0 for h in sparse_heads]
+    residues = [
+        ((0 if homo_head else h) * step + offset) % stride if causal else 0 for h in sparse_heads
+    ]
     residues += [-1] * dense_heads
     different = list(dict.fromkeys(residues))
     index_of = {residue: i for i, residue in enumerate(different)}
@@ -129,7 +145,14 @@ def local_stride(
     if lead and head_map != list(range(len(different))):
         shared = torch.tensor(head_map, dtype=torch.int32).to(on)
     pattern = build_pattern(
-        crow, col, shape=(n, n), block_size=(b, b), lead=lead, head_map=shared, block_tiles=ids, tiles=tiles
+        crow,
+        col,
+        shape=(n, n),
+        block_size=(b, b),
+        lead=lead,
+        head_map=shared,
+        block_tiles=ids,
+        tiles=tiles,
     )
     return LocalStrideTensor.on_pattern(
         None,
@@ -146,7 +169,10 @@ def local_stride(
 def _segments(
     residues: list[int], nb: int, local: int, stride: int, causal: bool, on: torch.device
 ) -> list[tuple[Tensor, Any, Tensor]]:
-    """Every row as progressions: strided columns, the local range, and, if not causal, strided columns on the right."""
+    """Every row as progressions:
+
+    strided columns, the local range, and, if not causal, strided columns on the right.
+    """
     residue = torch.tensor(residues).to(on)[:, None]
     i = torch.arange(nb, device=on)[None, :].expand(len(residues), -1)
     dense = residue < 0
@@ -156,7 +182,8 @@ def _segments(
         strided = ((low - first + stride - 1).div(stride, rounding_mode="floor")).clamp(min=0)
         strided = torch.where(dense, 0, strided)
         return [(first, stride, strided), (low, 1, i - low + 1)]
-    # Relative: left of the window at distances L - 1 + V, L - 1 + 2V, ...; with local 0 the distance 0 itself is not in the window.
+    # Relative: left of the window at distances L - 1 + V, L - 1 + 2V, ...; with local 0 the
+    # distance 0 itself is not in the window.
     reach = max(local - 1, 0)
     low, high = (i - reach).clamp(min=0), (i + reach).clamp(max=nb - 1)
     if local == 0:

@@ -1,6 +1,8 @@
-"""`~a`, `a & b`, `a | b` and `mask[h]`, slices at block edges: on the stored blocks alone, exact by token.
+"""`~a`, `a & b`, `a | b` and `mask[h]`, slices at block edges: on the stored blocks alone, exact by
+token.
 
-Each takes one host sync (how many blocks the result stores) and O(stored blocks of operands and result).
+Each takes one host sync (how many blocks the result stores) and O(stored blocks of operands and
+result).
 """
 
 from __future__ import annotations
@@ -12,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_layouts.block_pattern import BlockPattern, build_pattern, entry_rows, pack_tiles, tile_table
+from sparse_layouts.block_pattern import (
+    BlockPattern,
+    build_pattern,
+    entry_rows,
+    pack_tiles,
+    tile_table,
+)
 from sparse_layouts.block_values import slots_in_row_order
 from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.dispatch import route
@@ -21,7 +29,10 @@ from sparse_layouts.dispatch import route
 
 
 def _codes(pattern: BlockPattern, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the patterns listed in `which` (K,): sorted keys (k * Mb + row) * Nb + column, each block's code and its slot."""
+    """Of the patterns listed in `which` (K,):
+
+    sorted keys (k * Mb + row) * Nb + column, each block's code and its slot.
+    """
     p = pattern
     mb, nb = p.grid
     starts, ends = p.crow_indices[which, 0].long(), p.crow_indices[which, -1].long()
@@ -52,7 +63,9 @@ def _looked_up(keys: Tensor, among: Tensor, values: Tensor) -> Tensor:
 def _from_codes(
     keys: Tensor, codes: Tensor, table: Tensor, like: BlockPattern, patterns: int
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Which of `keys` are stored, and `build_pattern`'s arguments, from codes into a table of blocks."""
+    """Which of `keys` are stored, and `build_pattern`'s arguments, from codes into a table of
+    blocks.
+    """
     used, codes = torch.unique(codes, return_inverse=True)
     blocks, same = torch.unique(pack_tiles(table[used]), dim=0, return_inverse=True)
     words = blocks[same]  # equal blocks under different codes become one
@@ -62,7 +75,9 @@ def _from_codes(
     kinds = torch.unique(same[partial])
     number = torch.zeros(used.numel(), dtype=torch.long, device=keys.device)
     number[partial] = torch.searchsorted(kinds, same[partial]) + 1
-    first = torch.stack([(same == kind).nonzero()[0, 0] for kind in kinds]) if kinds.numel() else None
+    first = (
+        torch.stack([(same == kind).nonzero()[0, 0] for kind in kinds]) if kinds.numel() else None
+    )
     stored = ~empty[codes]
     keys, ids = keys[stored], number[codes][stored]
     mb, nb = like.grid
@@ -79,22 +94,31 @@ def _from_codes(
     }
 
 
-def combine(a: BSRTensor, b: BSRTensor, operation: Callable[[Tensor, Tensor], Tensor], name: str) -> BSRTensor:
+def combine(
+    a: BSRTensor, b: BSRTensor, operation: Callable[[Tensor, Tensor], Tensor], name: str
+) -> BSRTensor:
     """`operation(a, b)` of two masks, blockwise; `name` is for messages."""
     for mask in (a, b):
         if not mask.is_mask:
-            raise TypeError(f"{name}: expected masks, got {mask.dtype} values; w.pattern is a tensor's mask")
+            raise TypeError(
+                f"{name}: expected masks, got {mask.dtype} values; w.pattern is a tensor's mask"
+            )
     p, q = a.block_pattern, b.block_pattern
     if p.shape != q.shape or p.block_size != q.block_size:
         raise ValueError(
-            f"{name}: expected masks of one shape and block size, got {p.shape} by {p.block_size} and {q.shape} by {q.block_size}"
+            f"{name}: expected masks of one shape and block size, got {p.shape} by "
+            f"{p.block_size} and {q.shape} by {q.block_size}"
         )
     if p.device != q.device:
         raise ValueError(f"{name}: the masks are on {p.device} and {q.device}")
     if p.block_counts is not None and q.block_counts is not None:
-        raise ValueError(f"{name}: both masks count blocks; drop the counts of one: sl.without_counts(mask)")
+        raise ValueError(
+            f"{name}: both masks count blocks; drop the counts of one: sl.without_counts(mask)"
+        )
     if (p.block_counts is not None or q.block_counts is not None) and operation is torch.logical_or:
-        raise ValueError(f"{name}: counts have no meaning in a union; drop them: sl.without_counts(mask)")
+        raise ValueError(
+            f"{name}: counts have no meaning in a union; drop them: sl.without_counts(mask)"
+        )
     lead = tuple(torch.broadcast_shapes(p.lead, q.lead))
 
     def patterns_of(pattern: BlockPattern) -> Tensor:
@@ -122,7 +146,9 @@ def combine(a: BSRTensor, b: BSRTensor, operation: Callable[[Tensor, Tensor], Te
         counts = q.block_counts[_looked_up(keys[stored], keys_b, slots_b)]
     shared = lead != () and pairs.shape[0] < math.prod(lead)
     order = None if shared or lead == () else head_map
-    if order is not None and not torch.equal(order, torch.arange(order.numel(), device=order.device)):
+    if order is not None and not torch.equal(
+        order, torch.arange(order.numel(), device=order.device)
+    ):
         shared = True
     made = build_pattern(
         **arguments, lead=lead, head_map=head_map.int() if shared else None, block_counts=counts
@@ -146,10 +172,15 @@ def unite_masks(input: BSRTensor, other: BSRTensor) -> BSRTensor:
 def complement_mask(input: BSRTensor) -> BSRTensor:
     """`~a`: what it does not store; costs what the result stores."""
     if not input.is_mask:
-        raise TypeError(f"~a: expected a mask, got {input.dtype} values; ~w.pattern is the complement of a tensor's mask")
+        raise TypeError(
+            f"~a: expected a mask, got {input.dtype} values; ~w.pattern is the complement of a "
+            f"tensor's mask"
+        )
     p = input.block_pattern
     if p.block_counts is not None:
-        raise ValueError("~a: counts have no meaning in a complement; drop them: sl.without_counts(mask)")
+        raise ValueError(
+            "~a: counts have no meaning in a complement; drop them: sl.without_counts(mask)"
+        )
     mb, nb = p.grid
     keys_a, codes_a, _ = _codes(p, torch.arange(p.num_patterns, device=p.device))
     keys = torch.arange(p.num_patterns * mb * nb, device=p.device)
@@ -170,7 +201,10 @@ def without_counts(mask: BSRTensor) -> BSRTensor:
 
 
 def select(layout: BSRTensor, index: Any) -> BSRTensor | None:
-    """`layout[index]` for integers and slices, rows and columns cut at block edges; None for any other index."""
+    """`layout[index]` for integers and slices, rows and columns cut at block edges;
+
+    None for any other index.
+    """
     index = index if isinstance(index, tuple) else (index,)
     if Ellipsis in index:
         at = index.index(Ellipsis)

@@ -45,12 +45,15 @@ def bsr_mask(
     causal: bool = False,
     device: Device = None,
 ) -> BSRTensor:
-    """A mask from a matrix of blocks: bool, or integer counts (how often a block counts in a softmax).
+    """A mask from a matrix of blocks: bool, or integer counts (how often a block counts in a
+    softmax).
 
-    blocks (*lead, Mb, Nb), e.g. (H, Mb, Nb) for a pattern per head; equal heads are stored once. `shape` (M, N) in entries, by default
-    (Mb * bm, Nb * bn), may cut the last blocks. `causal` removes, by token, what lies right of the diagonal from the upper left.
+    blocks (*lead, Mb, Nb), e.g. (H, Mb, Nb) for a pattern per head; equal heads are stored once.
+    `shape` (M, N) in entries, by default (Mb * bm, Nb * bn), may cut the last blocks. `causal`
+    removes, by token, what lies right of the diagonal from the upper left.
 
-    Raises `TypeError` for blocks that are neither bool nor integers, `ValueError` for negative counts or a shape of other blocks.
+    Raises `TypeError` for blocks that are neither bool nor integers, `ValueError` for negative
+    counts or a shape of other blocks.
 
     >>> import torch, sparse_layouts as sl
     >>> sl.bsr_mask(torch.ones(3, 3, dtype=torch.bool), 16, causal=True)
@@ -59,9 +62,14 @@ def bsr_mask(
     what = "bsr_mask"
     bm, bn = block_size_pair(block_size, what)
     if not isinstance(blocks, Tensor) or isinstance(blocks, BSRTensor):
-        raise TypeError(f"{what}: blocks is a dense tensor (*lead, Mb, Nb), got {type(blocks).__name__}")
+        raise TypeError(
+            f"{what}: blocks is a dense tensor (*lead, Mb, Nb), got {type(blocks).__name__}"
+        )
     if blocks.dtype.is_floating_point or blocks.dtype.is_complex:
-        raise TypeError(f"{what}: blocks are bool or integer counts, got {blocks.dtype}; write blocks != 0 for a bool mask")
+        raise TypeError(
+            f"{what}: blocks are bool or integer counts, got {blocks.dtype}; write blocks != 0 "
+            f"for a bool mask"
+        )
     if blocks.dim() < 2:
         raise ValueError(f"{what}: blocks is (*lead, Mb, Nb), got shape {tuple(blocks.shape)}")
     blocks = blocks.to(device) if device is not None else blocks
@@ -71,13 +79,17 @@ def bsr_mask(
     m, n = (mb * bm, nb * bn) if shape is None else (int(shape[0]), int(shape[1]))
     if (-(-m // bm), -(-n // bn)) != (mb, nb):
         raise ValueError(
-            f"{what}: {mb} x {nb} blocks of {bm} x {bn} cover a shape up to {(mb * bm, nb * bn)}, not {(m, n)}; "
+            f"{what}: {mb} x {nb} blocks of {bm} x {bn} cover a shape up to "
+            f"{(mb * bm, nb * bn)}, not {(m, n)}; "
             f"that takes {-(-m // bm)} x {-(-n // bn)} blocks"
         )
     ids = tiles = None
     if causal:
         # Block (i, j) sees rows i * bm + r and columns j * bn + c: only i * bm - j * bn matters.
-        offset = torch.arange(mb, device=blocks.device)[:, None] * bm - torch.arange(nb, device=blocks.device) * bn
+        offset = (
+            torch.arange(mb, device=blocks.device)[:, None] * bm
+            - torch.arange(nb, device=blocks.device) * bn
+        )
         blocks = torch.where(offset + bm - 1 >= 0, blocks, torch.zeros_like(blocks))
         partial = (offset + bm - 1 >= 0) & (offset < bn - 1)
         kinds, kind = torch.unique(offset[partial], return_inverse=True)
@@ -90,8 +102,11 @@ def bsr_mask(
     return BSRTensor.on_pattern(None, pattern_from_dense(blocks, (bm, bn), (m, n), ids, tiles))
 
 
-def mask_from(dense_bool: Tensor, block_size: int | tuple[int, int], *, device: Device = None) -> BSRTensor:
-    """The exact block mask of a dense bool mask (*lead, M, N): full blocks, and bit tiles for the partial ones, each stored once.
+def mask_from(
+    dense_bool: Tensor, block_size: int | tuple[int, int], *, device: Device = None
+) -> BSRTensor:
+    """The exact block mask of a dense bool mask (*lead, M, N): full blocks, and bit tiles for the
+    partial ones, each stored once.
 
     Raises `TypeError` for a mask that is not bool.
 
@@ -104,7 +119,9 @@ def mask_from(dense_bool: Tensor, block_size: int | tuple[int, int], *, device: 
     bm, bn = block_size_pair(block_size, what)
     if not isinstance(dense_bool, Tensor) or dense_bool.dtype != torch.bool:
         kind = getattr(dense_bool, "dtype", type(dense_bool).__name__)
-        raise TypeError(f"{what}: expected a bool tensor, got {kind}; write x != 0 for its non-zero entries")
+        raise TypeError(
+            f"{what}: expected a bool tensor, got {kind}; write x != 0 for its non-zero entries"
+        )
     if dense_bool.dim() < 2:
         raise ValueError(f"{what}: expected (*lead, M, N), got shape {tuple(dense_bool.shape)}")
     dense = dense_bool.to(device) if device is not None else dense_bool
@@ -129,9 +146,17 @@ def mask_from(dense_bool: Tensor, block_size: int | tuple[int, int], *, device: 
 
 
 def banded(
-    seq_len: int, block: int, window: int | None, *, causal: bool, sinks: int = 0, device: Device = None
+    seq_len: int,
+    block: int,
+    window: int | None,
+    *,
+    causal: bool,
+    sinks: int = 0,
+    device: Device = None,
 ) -> BSRTensor:
-    """Tokens i, j with `i - j < window` (and `j <= i`, or `j - i < window`), or `j < sinks` (and `j <= i`); window None: all."""
+    """Tokens i, j with `i - j < window` (and `j <= i`, or `j - i < window`), or `j < sinks` (and `j
+    <= i`); window None: all.
+    """
     device = torch.device(device if device is not None else "cpu")
     nb = -(-seq_len // block)
     window = seq_len if window is None else min(window, seq_len)
@@ -153,19 +178,26 @@ def banded(
         return parts
 
     crow, col = from_progressions(segments, device=device)
-    # A block's tile depends on its distance d = i - j and, with sinks, on whether column block j is all, partly or not a sink.
+    # A block's tile depends on its distance d = i - j and, with sinks, on whether column block j is
+    # all, partly or not a sink.
     far = (window + block - 1) // block + 1
     distances = list(range(0 if causal else -far, far + 1))
     columns = np.arange(block)
     steps = np.arange(block)[:, None] - columns[None, :]
-    table, tiles, known = np.zeros((3, len(distances)), np.int32), [], {}
+    table = np.zeros((3, len(distances)), np.int32)
+    tiles: list[Tensor] = []
+    known: dict[bytes, int] = {}
     for kind, sunk in enumerate((0, sinks % block, block)):
         for x, d in enumerate(distances):
             inside = abs(d) * block + block <= window and (d > 0 or not causal)
             if inside or (sunk == block and d > 0):
                 continue  # all of it
             t = d * block + steps
-            stored = (t < window) & (t > -window) if not causal else (t >= 0) & ((t < window) | (columns < sunk))
+            stored = (
+                (t < window) & (t > -window)
+                if not causal
+                else (t >= 0) & ((t < window) | (columns < sunk))
+            )
             if stored.all():
                 continue
             key = stored.tobytes()
@@ -178,12 +210,17 @@ def banded(
         packed = pack_tiles(torch.stack(tiles)).to(device)
         row = entry_rows(crow, col.shape[0])
         distance = (row - col).clamp_(distances[0], distances[-1]) - distances[0]
-        kind = torch.zeros_like(distance)
+        kinds = torch.zeros_like(distance)
         if sinks:
-            kind = torch.where(col < sinks // block, 2, torch.where(col < sink_blocks, 1, 0))
-        ids = torch.from_numpy(table).to(device)[kind, distance]
+            kinds = torch.where(col < sinks // block, 2, torch.where(col < sink_blocks, 1, 0))
+        ids = torch.from_numpy(table).to(device)[kinds, distance]
     pattern = build_pattern(
-        crow, col, shape=(seq_len, seq_len), block_size=(block, block), block_tiles=ids, tiles=packed
+        crow,
+        col,
+        shape=(seq_len, seq_len),
+        block_size=(block, block),
+        block_tiles=ids,
+        tiles=packed,
     )
     return BSRTensor.on_pattern(None, pattern)
 
@@ -205,7 +242,8 @@ def sliding_window(
     """A window of tokens (N, N): `i - window < j <= i`, or `|i - j| < window` if not causal.
 
     >>> import sparse_layouts as sl
-    >>> sl.sliding_window(1000, block_size=64, window=100).to_dense()[500].nonzero().flatten()[[0, -1]].tolist()
+    >>> row = sl.sliding_window(1000, block_size=64, window=100).to_dense()[500]
+    >>> row.nonzero().flatten()[[0, -1]].tolist()
     [401, 500]
     """
     what = "sliding_window"
@@ -216,12 +254,14 @@ def sliding_window(
 def sink_window(
     seq_len: int, *, block_size: int, window: int, sinks: int, device: Device = None
 ) -> BSRTensor:
-    """A causal window of tokens, and the first `sinks` tokens for everybody (N, N): `j <= i and (i - j < window or j < sinks)`.
+    """A causal window of tokens, and the first `sinks` tokens for everybody (N, N): `j <= i and (i
+    - j < window or j < sinks)`.
 
     Source: attention sinks, https://arxiv.org/abs/2309.17453.
 
     >>> import sparse_layouts as sl
-    >>> sl.sink_window(1000, block_size=64, window=3, sinks=2).to_dense()[500].nonzero().flatten().tolist()
+    >>> row = sl.sink_window(1000, block_size=64, window=3, sinks=2).to_dense()[500]
+    >>> row.nonzero().flatten().tolist()
     [0, 1, 498, 499, 500]
     """
     what = "sink_window"
@@ -231,13 +271,20 @@ def sink_window(
 
 
 def document(
-    cu_seqlens: Tensor | Sequence[int], *, block_size: int, causal: bool = True, device: Device = None
+    cu_seqlens: Tensor | Sequence[int],
+    *,
+    block_size: int,
+    causal: bool = True,
+    device: Device = None,
 ) -> BSRTensor:
-    """Packed documents that attend to themselves alone: `cu_seqlens` (n + 1,) from 0 to N, as for variable-length attention.
+    """Packed documents that attend to themselves alone: `cu_seqlens` (n + 1,) from 0 to N, as for
+    variable-length attention.
 
-    (N, N); with cu_seqlens (B, n + 1), one packing a sample (pad with repeated N), (B, 1, N, N). One host sync.
+    (N, N); with cu_seqlens (B, n + 1), one packing a sample (pad with repeated N), (B, 1, N, N).
+    One host sync.
 
-    Raises `TypeError` for cu_seqlens that are no integers, `ValueError` if they do not begin at 0, decrease, or end differently.
+    Raises `TypeError` for cu_seqlens that are no integers, `ValueError` if they do not begin at 0,
+    decrease, or end differently.
 
     >>> import sparse_layouts as sl
     >>> sl.document([0, 30, 100], block_size=32).nnz == 30 * 31 // 2 + 70 * 71 // 2
@@ -249,14 +296,21 @@ def document(
     if bounds.dtype.is_floating_point or bounds.dtype == torch.bool or bounds.dtype.is_complex:
         raise TypeError(f"{what}: cu_seqlens are integers, got {bounds.dtype}")
     if bounds.dim() not in (1, 2) or bounds.shape[-1] < 1:
-        raise ValueError(f"{what}: cu_seqlens is (n + 1,) or (B, n + 1), got shape {tuple(bounds.shape)}")
+        raise ValueError(
+            f"{what}: cu_seqlens is (n + 1,) or (B, n + 1), got shape {tuple(bounds.shape)}"
+        )
     device = bounds.device
     lead = () if bounds.dim() == 1 else (bounds.shape[0], 1)
     host = bounds.reshape(-1, bounds.shape[-1]).long().cpu()  # the one sync
     ends = host[:, -1]
-    if bool((host[:, 0] != 0).any()) or bool((host.diff(dim=1) < 0).any()) or bool((ends != ends[:1]).any()):
+    if (
+        bool((host[:, 0] != 0).any())
+        or bool((host.diff(dim=1) < 0).any())
+        or bool((ends != ends[:1]).any())
+    ):
         raise ValueError(
-            f"{what}: cu_seqlens must begin at 0, not decrease, and end at one N for all samples; got {host.tolist()}"
+            f"{what}: cu_seqlens must begin at 0, not decrease, and end at one N for all "
+            f"samples; got {host.tolist()}"
         )
     n = int(ends[0]) if ends.numel() else 0
     nb = -(-n // b)
@@ -276,21 +330,36 @@ def document(
     ids, tiles = _document_tiles(crow, col, documents.to(device).view(blocked), b, causal)
     head_map = None
     made = build_pattern(
-        crow, col, shape=(n, n), block_size=(b, b), lead=lead, head_map=head_map, block_tiles=ids, tiles=tiles
+        crow,
+        col,
+        shape=(n, n),
+        block_size=(b, b),
+        lead=lead,
+        head_map=head_map,
+        block_tiles=ids,
+        tiles=tiles,
     )
     return BSRTensor.on_pattern(None, made)
 
 
 def _document_of_token(bounds: Tensor, n: int, padded: int) -> Tensor:
-    """(B, padded): the document of each token; empty documents have none, tokens over the edge the last one's."""
+    """(B, padded):
+
+    the document of each token; empty documents have none, tokens over the edge the last one's.
+    """
     token = torch.arange(padded).clamp_(max=max(n - 1, 0)).expand(bounds.shape[0], -1).contiguous()
-    return (torch.searchsorted(bounds, token, right=True) - 1).clamp_(0, max(bounds.shape[1] - 2, 0))
+    return (torch.searchsorted(bounds, token, right=True) - 1).clamp_(
+        0, max(bounds.shape[1] - 2, 0)
+    )
 
 
 def _document_tiles(
     crow: Tensor, col: Tensor, documents: Tensor, b: int, causal: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Tile ids and bit tiles of a document mask; `documents` (B, nb, b). Tiles are made a few thousand at a time."""
+    """Tile ids and bit tiles of a document mask;
+
+    `documents` (B, nb, b). Tiles are made a few thousand at a time.
+    """
     nb = documents.shape[1]
     entry = entry_rows(crow, col.shape[0])
     sample, row = entry // max(nb, 1), entry % max(nb, 1)
@@ -315,5 +384,3 @@ def _document_tiles(
     ids = torch.zeros(col.shape[0], dtype=torch.int32, device=col.device)
     ids[partial] = kind.int() + 1
     return ids, tiles
-
-

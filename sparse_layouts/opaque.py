@@ -1,4 +1,7 @@
-"""Operators that torch sees as one step: kernels stay behind them under torch.compile, export and fake tensors."""
+"""Operators that torch sees as one step:
+
+kernels stay behind them under torch.compile, export and fake tensors.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ _library = torch.library.Library("sparse_layouts", "DEF")
 
 # How a pattern stands in a schema: its ten tensors, then its three sizes.
 _PATTERN = (
-    "Tensor crow_indices, Tensor col_indices, Tensor? row_slots, Tensor ccol_indices, Tensor row_indices, Tensor? col_slots, "
+    "Tensor crow_indices, Tensor col_indices, Tensor? row_slots, Tensor ccol_indices, Tensor "
+    "row_indices, Tensor? col_slots, "
     "Tensor? head_map, Tensor? block_tiles, Tensor? tiles, Tensor? block_counts, "
     "SymInt[] shape, SymInt[] block_size, SymInt[] lead"
 )
@@ -21,7 +25,10 @@ _WIDTH = 13
 
 
 def _eager(first: Any) -> bool:
-    """Whether a call is plain eager work, which nobody traces: it then skips the dispatcher (30 us of boxed arguments)."""
+    """Whether a call is plain eager work, which nobody traces:
+
+    it then skips the dispatcher (30 us of boxed arguments).
+    """
     return (
         type(first) is torch.Tensor
         and torch._C._len_torch_dispatch_stack() == 0
@@ -39,15 +46,16 @@ def define(
 ) -> Callable[..., Any]:
     """Defines `sparse_layouts::name` and returns a function that calls it.
 
-    `arguments` is a schema with `{pattern}` where a BlockPattern stands; `launch` runs it on real tensors, `shape` makes empty results.
-    Both get the BlockPattern whole. No autograd: ops have their own `autograd.Function`.
+    `arguments` is a schema with `{pattern}` where a BlockPattern stands; `launch` runs it on real
+    tensors, `shape` makes empty results. Both get the BlockPattern whole. No autograd: ops have
+    their own `autograd.Function`.
     """
     at = arguments.split("{pattern}")[0].count(",")
     _library.define(f"{name}({arguments.format(pattern=_PATTERN)}) -> {returns}")
 
     def whole(args: tuple[Any, ...]) -> tuple[Any, ...]:
         flat = args[at : at + _WIDTH]
-        pattern = BlockPattern(*flat[:10], tuple(flat[10]), tuple(flat[11]), tuple(flat[12]))
+        pattern = BlockPattern._make((*flat[:10], *map(tuple, flat[10:])))
         return (*args[:at], pattern, *args[at + _WIDTH :])
 
     def implementation(*args: Any) -> Any:
@@ -68,5 +76,3 @@ def define(
     call.__name__ = name
     call.__doc__ = f"Calls the operator `sparse_layouts::{name}`."
     return call
-
-

@@ -49,7 +49,8 @@ def svg(layout: LayoutTensor, *, caption: str | None = None, max_panels: int = 8
     panels, more, unit = panels_of(layout, max(1, max_panels))
     fullest = max((float(p.density.max()) for p in panels if p.density.numel()), default=0.0)
     if caption is None:
-        caption = f"{_title(layout)}; {unit}, the darkest {fullest:.0%} stored"
+        shades = f"the darkest {fullest:.0%} stored" if fullest else "nothing is stored"
+        caption = f"{_title(layout)}; {unit}, {shades}"
     if more:
         caption += f"; {more} more patterns not drawn"
     return _draw(panels, fullest, caption)
@@ -58,9 +59,6 @@ def svg(layout: LayoutTensor, *, caption: str | None = None, max_panels: int = 8
 def _title(layout: LayoutTensor) -> str:
     shape = " x ".join(map(str, layout.shape))
     return f"{type(layout).__name__} {shape}, density {layout.density:.2%}"
-
-
-# --- what is in each cell ---------------------------------------------------------------------------------------------
 
 
 def panels_of(layout: LayoutTensor, max_panels: int) -> tuple[list[Panel], int, str]:
@@ -181,9 +179,6 @@ def _entries(p: BlockPattern, which: int) -> Tensor:
     return out.transpose(1, 2).reshape(mb * bm, nb * bn)[:m, :n].cpu()
 
 
-# --- drawing ----------------------------------------------------------------------------------------------------------
-
-
 def _draw(panels: list[Panel], fullest: float, caption: str) -> str:
     labelled = any(p.label for p in panels)
     top = LABEL_PX if labelled else 0
@@ -207,7 +202,9 @@ def _draw(panels: list[Panel], fullest: float, caption: str) -> str:
             parts.append(f'<text y="{LABEL_PX - 5}">{html.escape(panel.label)}</text>')
         rows, columns = panel.density.shape
         if rows and columns:
-            parts.append(f'<g transform="translate(0,{top}) scale({w / columns:.4g},{h / rows:.4g})">')
+            parts.append(
+                f'<g transform="translate(0,{top}) scale({w / columns:.4g},{h / rows:.4g})">'
+            )
             parts += _paths(panel.density, fullest)
             parts.append("</g>")
         parts.append(

@@ -7,9 +7,11 @@ from torch import Tensor
 
 
 class Magnitude:
-    """Keeps the largest part, `density` of all: of entries by absolute value, of blocks by Frobenius norm.
+    """Keeps the largest part, `density` of all: of entries by absolute value, of blocks by
+    Frobenius norm.
 
-    `round(density * number)` are kept, over all leading dimensions together; among equals the first ones. Sees all at once.
+    `round(density * number)` are kept, over all leading dimensions together; among equals the first
+    ones. Sees all at once.
 
     Raises `ValueError` for a density outside [0, 1].
 

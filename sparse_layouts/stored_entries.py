@@ -1,8 +1,9 @@
 """What torch's own functions do to a layout: pointwise work and bookkeeping on its stored entries.
 
-Two levels. Above autograd, :func:`keeps_layout` says which functions may go down as they are, because an entry that is not
-stored, being zero, stays zero, or because they are in-place and cannot change what is stored. Below autograd, `ATEN` does them on the
-values; there any pointwise operator may come (autograd's formulas use them), and entries that are not stored do not matter to it.
+Two levels. Above autograd, :func:`keeps_layout` says which functions may go down as they are,
+because an entry that is not stored, being zero, stays zero, or because they are in-place and cannot
+change what is stored. Below autograd, `ATEN` does them on the values; there any pointwise operator
+may come (autograd's formulas use them), and entries that are not stored do not matter to it.
 """
 
 from __future__ import annotations
@@ -22,20 +23,24 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 _ZERO_STAYS_ZERO = (
-    "neg negative abs absolute sign sgn sin tan sinh tanh asin arcsin atan arctan asinh arcsinh atanh arctanh "
-    "sqrt expm1 log1p erf floor ceil round trunc fix frac square positive relu deg2rad rad2deg nan_to_num"
+    "neg negative abs absolute sign sgn sin tan sinh tanh asin arcsin atan arctan asinh arcsinh "
+    "atanh arctanh sqrt expm1 log1p erf floor ceil round trunc fix frac square positive relu "
+    "deg2rad rad2deg nan_to_num"
 ).split()
 _IN_PLACE = (
-    "add_ sub_ mul_ div_ neg_ abs_ sqrt_ rsqrt_ reciprocal_ square_ sign_ exp_ log_ pow_ clamp_ clamp_min_ clamp_max_ relu_ "
-    "tanh_ sigmoid_ addcmul_ addcdiv_ lerp_ masked_fill_ zero_ fill_ copy_ nan_to_num_ __iadd__ __isub__ __imul__ __itruediv__ "
-    "normal_ uniform_ bernoulli_ dropout_"
+    "add_ sub_ mul_ div_ neg_ abs_ sqrt_ rsqrt_ reciprocal_ square_ sign_ exp_ log_ pow_ clamp_ "
+    "clamp_min_ clamp_max_ relu_ tanh_ sigmoid_ addcmul_ addcdiv_ lerp_ masked_fill_ zero_ fill_ "
+    "copy_ nan_to_num_ __iadd__ __isub__ __imul__ __itruediv__ normal_ uniform_ bernoulli_ "
+    "dropout_"
 ).split()
 _BOOKKEEPING = (
-    "detach detach_ clone requires_grad_ retain_grad backward register_hook register_post_accumulate_grad_hook "
-    "size dim ndimension numel nelement stride element_size is_contiguous contiguous is_floating_point is_complex is_same_size "
-    "to cpu cuda float double half bfloat16 type_as pin_memory is_pinned is_shared share_memory_ record_stream "
-    "get_device has_names __len__ __hash__ _has_compatible_shallow_copy_type storage_offset __bool__ is_inference is_conj is_neg "
-    "is_nonzero is_signed is_set_to _is_view _typed_storage untyped_storage data_ptr"
+    "detach detach_ clone requires_grad_ retain_grad backward register_hook "
+    "register_post_accumulate_grad_hook size dim ndimension numel nelement stride element_size "
+    "is_contiguous contiguous is_floating_point is_complex is_same_size to cpu cuda float double "
+    "half bfloat16 type_as pin_memory is_pinned is_shared share_memory_ record_stream get_device "
+    "has_names __len__ __hash__ _has_compatible_shallow_copy_type storage_offset __bool__ "
+    "is_inference is_conj is_neg is_nonzero is_signed is_set_to _is_view _typed_storage "
+    "untyped_storage data_ptr"
 ).split()
 
 
@@ -52,7 +57,8 @@ def _collect() -> frozenset[Any]:
         if name.startswith("_foreach_") or name.startswith("_fused_"):
             kept.add(getattr(torch, name))
     kept.add(torch._amp_foreach_non_finite_check_and_unscale_)
-    # Both look at their arguments' __torch_function__; densified inputs would silently get no gradient.
+    # Both look at their arguments' __torch_function__; densified inputs would silently get no
+    # gradient.
     kept.update((torch.autograd.grad, torch.autograd.backward))
     kept.discard(torch.Tensor.__bool__)
     kept.discard(torch.Tensor.is_nonzero)
@@ -60,21 +66,22 @@ def _collect() -> frozenset[Any]:
 
 
 _KEPT = _collect()
-# Property reads and writes (w.shape, w.grad = g) are bookkeeping too, but for those that make another tensor.
+# Property reads and writes (w.shape, w.grad = g) are bookkeeping too, but for those that make
+# another tensor.
 _MAKES_TENSOR = frozenset(
     getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")
 )
 
 
 def keeps_layout(function: Callable[..., Any]) -> bool:
-    """Whether torch's own function may be applied to a layout as it is, to act on its stored entries."""
+    """Whether torch's own function may be applied to a layout as it is, to act on its stored
+    entries.
+    """
     if function in _KEPT:
         return True
     name = getattr(function, "__name__", "")
     return name in ("__get__", "__set__", "__delete__") and function not in _MAKES_TENSOR
 
-
-# --- below autograd ---------------------------------------------------------------------------------------------------
 
 ATEN: dict[Any, Callable[..., Any]] = {}
 
@@ -102,18 +109,23 @@ def _first(args: Any) -> LayoutTensor:
 
 
 def _values_of(value: Any, like: LayoutTensor, what: Any) -> Any:
-    """An operand of a pointwise operator in terms of `like`'s stored values; raises for what has entries elsewhere."""
+    """An operand of a pointwise operator in terms of `like`'s stored values;
+
+    raises for what has entries elsewhere.
+    """
     if isinstance(value, Layout):
         other: Any = value
         if other is not like and not other.same_pattern(like):
             raise TypeError(
-                f"{what}: the operands store different entries ({other!r} and {like!r}). Sample one onto the other: "
+                f"{what}: the operands store different entries ({other!r} and {like!r}). Sample "
+                f"one onto the other: "
                 "x.to_dense().sparse_mask(w)."
             )
         return other.stored_values
     if isinstance(value, Tensor) and value.dim() > 0:
         raise TypeError(
-            f"{what}: a dense operand of shape {tuple(value.shape)} has entries that the {type(like).__name__} does not store. "
+            f"{what}: a dense operand of shape {tuple(value.shape)} has entries that the "
+            f"{type(like).__name__} does not store. "
             "Sample it first: x.sparse_mask(w)."
         )
     return value
@@ -125,7 +137,9 @@ def pointwise(func: Any, args: Any, kwargs: Any) -> Any:
     target = args[0] if writes and isinstance(args[0], Layout) else None
     like: Any = target if target is not None else _first((*args, *kwargs.values()))
     if like.stored_values is None:
-        raise TypeError(f"{func}: a mask layout has no values; take {type(like).__name__}.to(dtype) first")
+        raise TypeError(
+            f"{func}: a mask layout has no values; take {type(like).__name__}.to(dtype) first"
+        )
     unwrapped = [_values_of(a, like, func) for a in args]
     named = {k: _values_of(v, like, func) for k, v in kwargs.items()}
     out = func(*unwrapped, **named)
@@ -160,7 +174,9 @@ def to_copy(func: Any, args: Any, kwargs: Any) -> Any:
     dtype, device = kwargs.get("dtype"), kwargs.get("device")
     values = layout.stored_values
     if dtype == torch.bool and values is not None:
-        raise TypeError("a layout's values cannot become bool; w.pattern is the mask of its stored entries")
+        raise TypeError(
+            "a layout's values cannot become bool; w.pattern is the mask of its stored entries"
+        )
     if values is None and dtype not in (None, torch.bool):
         values = layout.ones(dtype)
     elif values is not None:
@@ -176,7 +192,9 @@ def to_copy(func: Any, args: Any, kwargs: Any) -> Any:
 def pin_memory(func: Any, args: Any, kwargs: Any) -> Any:
     """Pinned host memory for everything."""
     values = args[0].stored_values
-    return args[0].map_inner(lambda t: t.pin_memory(), None if values is None else values.pin_memory())
+    return args[0].map_inner(
+        lambda t: t.pin_memory(), None if values is None else values.pin_memory()
+    )
 
 
 @handles(aten.is_pinned.default)
@@ -187,7 +205,10 @@ def is_pinned(func: Any, args: Any, kwargs: Any) -> bool:
 
 @handles(aten.zeros_like.default, aten.empty_like.default)
 def zeros_like(func: Any, args: Any, kwargs: Any) -> Any:
-    """A layout of the same pattern, its values all zero (empty_like too: room that is not stored must be zero)."""
+    """A layout of the same pattern, its values all zero (empty_like too:
+
+    room that is not stored must be zero).
+    """
     layout = args[0]
     dtype, device = kwargs.get("dtype"), kwargs.get("device")
     values = layout.stored_values
@@ -214,8 +235,10 @@ def copy_(func: Any, args: Any, kwargs: Any) -> Any:
         other: Any = source
         if not into.same_pattern(other):
             raise ValueError(
-                f"copy_: {other!r} stores other entries than {into!r}. To take its pattern too, replace the tensor "
-                "(load_state_dict(..., assign=True)); to keep this pattern, sample: x.to_dense().sparse_mask(w)."
+                f"copy_: {other!r} stores other entries than {into!r}. To take its pattern too, "
+                f"replace the tensor "
+                "(load_state_dict(..., assign=True)); to keep this pattern, sample: "
+                "x.to_dense().sparse_mask(w)."
             )
         if into.stored_values is not None:
             into.stored_values.copy_(other.stored_values)
@@ -229,7 +252,8 @@ def copy_(func: Any, args: Any, kwargs: Any) -> Any:
     taken = into.sample(source.expand(into.shape))
     if not torch.equal(taken.to_dense_entries(), source.expand(into.shape).to(taken.device)):
         raise ValueError(
-            f"copy_: the dense tensor has non-zero entries that {into!r} does not store. Drop them knowingly: "
+            f"copy_: the dense tensor has non-zero entries that {into!r} does not store. Drop "
+            f"them knowingly: "
             "w.copy_(x.sparse_mask(w))."
         )
     into.stored_values.copy_(taken.stored_values)
@@ -255,12 +279,17 @@ def fill(func: Any, args: Any, kwargs: Any) -> Any:
 
 @handles(aten.masked_fill_.Scalar, aten.masked_fill_.Tensor)
 def masked_fill_(func: Any, args: Any, kwargs: Any) -> Any:
-    """`w.masked_fill_(mask, value)` on the stored entries; the mask is a layout of the same pattern or dense."""
+    """`w.masked_fill_(mask, value)` on the stored entries;
+
+    the mask is a layout of the same pattern or dense.
+    """
     target, mask, value = args
     if isinstance(mask, Layout):
         chosen = _values_of(mask, target, func)
     else:
-        chosen = target.sample(mask.expand(target.shape).to(target.stored_values.dtype)).stored_values.bool()
+        chosen = target.sample(
+            mask.expand(target.shape).to(target.stored_values.dtype)
+        ).stored_values.bool()
     func(target.stored_values, chosen, value)
     target.clear_unstored()
     return target
@@ -272,15 +301,20 @@ def vector_norm(func: Any, args: Any, kwargs: Any) -> Tensor:
     order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
     dim = args[2] if len(args) > 2 else kwargs.get("dim")
     if dim is not None or order <= 0:
-        raise NotImplementedError(f"vector_norm of a layout: over all entries, with an order above 0; got {order}, {dim}")
+        raise NotImplementedError(
+            f"vector_norm of a layout: over all entries, with an order above 0; got {order}, {dim}"
+        )
     dtype = kwargs.get("dtype")
     return func(args[0].stored_values.flatten(), order, dtype=dtype)
 
 
 def over_lists(func: Any, args: Any, kwargs: Any) -> Any:
-    """The foreach and fused forms: every layout of a list is replaced by its values, pattern by pattern."""
-    lead: list[Any] = next(a for a in args if isinstance(a, (list, tuple)) and layouts_of(a))
-    like = [t for t in lead]
+    """The foreach and fused forms:
+
+    every layout of a list is replaced by its values, pattern by pattern.
+    """
+    lead: Any = next(a for a in args if isinstance(a, (list, tuple)) and layouts_of(a))
+    like = list(lead)
 
     def unwrap(value: Any) -> Any:
         if isinstance(value, (list, tuple)):

@@ -1,13 +1,15 @@
-"""block_attention: softmax(scale * q @ k.mT + bias, over the entries that a mask stores) @ v, without the scores in memory.
+"""block_attention: softmax(scale * q @ k.mT + bias, over the entries that a mask stores) @ v,
+without the scores in memory.
 
-Reached through `F.scaled_dot_product_attention(attn_mask=mask)` and, for what that has no argument for, `sl.attention`. Gradients to
-q, k, v and the bias; the logsumexp is an output with a gradient of its own. Backward recomputes the probabilities tile by tile.
+Reached through `F.scaled_dot_product_attention(attn_mask=mask)` and, for what that has no argument
+for, `sl.attention`. Gradients to q, k, v and the bias; the logsumexp is an output with a gradient
+of its own. Backward recomputes the probabilities tile by tile.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,16 @@ from torch.autograd.function import once_differentiable
 from sparse_layouts import opaque
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.bsr_tensor import BSRTensor
-from sparse_layouts.dispatch import Facts, Use, current, facts_of, register_kernel, restored, route, run
+from sparse_layouts.dispatch import (
+    Facts,
+    Use,
+    current,
+    facts_of,
+    register_kernel,
+    restored,
+    route,
+    run,
+)
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.block_attention import heads, reference
 from sparse_layouts.kernels.block_attention.checks import check_attention
@@ -26,7 +37,9 @@ OP, BACKWARD = "block_attention", "block_attention_backward"
 _HERE = "sparse_layouts.kernels.block_attention"
 register_kernel(OP, "triton", f"{_HERE}.triton_forward:{OP}", requirements.triton_attention)
 register_kernel(OP, "cpu", f"{_HERE}.cpu:{OP}", requirements.cpu)
-register_kernel(BACKWARD, "triton", f"{_HERE}.triton_backward:{BACKWARD}", requirements.triton_attention)
+register_kernel(
+    BACKWARD, "triton", f"{_HERE}.triton_backward:{BACKWARD}", requirements.triton_attention
+)
 register_kernel(BACKWARD, "cpu", f"{_HERE}.cpu_backward:{BACKWARD}", requirements.cpu)
 
 
@@ -69,7 +82,9 @@ def _launch(
     )
 
 
-def _shape(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, *rest: Any) -> tuple[Tensor, Tensor]:
+def _shape(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, *rest: Any
+) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=dtype)
 
@@ -131,14 +146,16 @@ def _shape_backward(
 
 block_attention_op = opaque.define(
     OP,
-    "Tensor q, Tensor k, Tensor v, {pattern}, float scale, float dropout_p, Tensor? seed, Tensor? bias, Tensor? bias_base",
+    "Tensor q, Tensor k, Tensor v, {pattern}, float scale, float dropout_p, Tensor? seed, "
+    "Tensor? bias, Tensor? bias_base",
     _launch,
     _shape,
     "(Tensor, Tensor)",
 )
 block_attention_backward_op = opaque.define(
     BACKWARD,
-    "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {pattern}, float scale, float dropout_p, "
+    "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {pattern}, "
+    "float scale, float dropout_p, "
     "Tensor? seed, Tensor? bias, Tensor? bias_base, bool bias_gradient",
     _launch_backward,
     _shape_backward,
@@ -215,7 +232,9 @@ def attend(
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     shape = q.shape[:-1]
     q, k, v = (t[(None,) * (4 - t.dim())] for t in (q, k, v))
-    batch = max(q.shape[0], k.shape[0], v.shape[0]) if min(q.shape[0], k.shape[0], v.shape[0]) else 0
+    batch = (
+        max(q.shape[0], k.shape[0], v.shape[0]) if min(q.shape[0], k.shape[0], v.shape[0]) else 0
+    )
     q, k, v = (t if t.shape[0] == batch else t.expand(batch, *t.shape[1:]) for t in (q, k, v))
     seed = None
     if dropout_p:
@@ -257,15 +276,19 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Any:
-    """Attention of q to the keys that `mask` stores, with what torch's `scaled_dot_product_attention` has no argument for.
+    """Attention of q to the keys that `mask` stores, with what torch's
+    `scaled_dot_product_attention` has no argument for.
 
-    q (B, H, Nq, D), k (B, Hkv, Nk, D), v (B, Hkv, Nk, Dv), any strides; Hkv divides H, query head h reads KV head h // (H // Hkv).
-    Leading dimensions may be left out ((H, N, D), (N, D)). `mask` (M, Nk), (H, M, Nk), (Hkv, M, Nk) or with a leading (B) or 1, M >= Nq:
-    fewer queries than the mask has rows are its last ones. `scale`: 1 / sqrt(D) by default. `bias`: a layout of scores on the
-    mask's blocks, e.g. `sl.sddmm(a, b, mask)`, added after scaling, with gradient. `dropout_p` drops probabilities, by torch's generator.
+    q (B, H, Nq, D), k (B, Hkv, Nk, D), v (B, Hkv, Nk, Dv), any strides; Hkv divides H, query head h
+    reads KV head h // (H // Hkv). Leading dimensions may be left out ((H, N, D), (N, D)). `mask`
+    (M, Nk), (H, M, Nk), (Hkv, M, Nk) or with a leading (B) or 1, M >= Nq: fewer queries than the
+    mask has rows are its last ones. `scale`: 1 / sqrt(D) by default. `bias`: a layout of scores on
+    the mask's blocks, e.g. `sl.sddmm(a, b, mask)`, added after scaling, with gradient. `dropout_p`
+    drops probabilities, by torch's generator.
 
-    Returns out (B, H, Nq, Dv) in q's dtype, with `return_lse` also the natural logsumexp (B, H, Nq), fp32 (fp64 for fp64), differentiable.
-    A query that attends to nothing gives 0 and -inf. Deterministic. Raises `TypeError` and `ValueError` for operands that do not fit.
+    Returns out (B, H, Nq, Dv) in q's dtype, with `return_lse` also the natural logsumexp (B, H,
+    Nq), fp32 (fp64 for fp64), differentiable. A query that attends to nothing gives 0 and -inf.
+    Deterministic. Raises `TypeError` and `ValueError` for operands that do not fit.
 
     >>> import torch, sparse_layouts as sl
     >>> q = k = v = torch.randn(1, 2, 100, 16)
@@ -276,15 +299,24 @@ def attention(
     check_attention("attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale)
     q, k, v = _autocast(q, k, v)
     if bias is not None and bias.dtype != q.dtype:
-        bias = bias.to(q.dtype)
+        bias = cast(BSRTensor, bias.to(q.dtype))
     out, lse = attend(q, k, v, mask, scale, dropout_p, bias)
     return (out, lse) if return_lse else out
 
 
-def uses_of_attention(q: Tensor, k: Tensor, v: Tensor, mask: BSRTensor, **options: Any) -> list[Use]:
+def uses_of_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BSRTensor,
+    *,
+    scale: float | None = None,
+    bias: BSRTensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> list[Use]:
     """For `sl.explain`."""
-    checked = {n: options.get(n) for n in ("bias", "scale")}
-    check_attention("attention", q, k, v, mask, dropout_p=options.get("dropout_p", 0.0), **checked)
+    check_attention("attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale)
     return _uses(*_autocast(q, k, v), mask)
 
 
@@ -321,7 +353,8 @@ def _check_sdpa(
     what = "scaled_dot_product_attention"
     if is_causal:
         raise ValueError(
-            f"{what}: attn_mask and is_causal=True exclude each other; make the mask causal: mask & sl.causal(N, block_size=...)"
+            f"{what}: attn_mask and is_causal=True exclude each other; make the mask causal: "
+            f"mask & sl.causal(N, block_size=...)"
         )
     check_attention(what, q, k, v, mask, dropout_p=dropout_p, scale=scale, exact_rows=True)
     if not enable_gqa and q.dim() > 2 and q.shape[-3] != k.shape[-3]:
@@ -341,7 +374,10 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """SDPA with a block mask; a layout of floats is an additive mask whose missing entries are 0, as dense: the fallback."""
+    """SDPA with a block mask;
+
+    a layout of floats is an additive mask whose missing entries are 0, as dense: the fallback.
+    """
     if not attn_mask.is_mask:
         return NotImplemented
     _check_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)

@@ -1,4 +1,7 @@
-"""What attention's operands must be; every message says what was expected, what came and what to do."""
+"""What attention's operands must be;
+
+every message says what was expected, what came and what to do.
+"""
 
 from __future__ import annotations
 
@@ -24,25 +27,45 @@ def check_attention(
     scale: float | None = None,
     exact_rows: bool = False,
 ) -> None:
-    """Raises `TypeError` or `ValueError` for operands that do not fit; `exact_rows`: the mask has as many rows as q."""
+    """Raises `TypeError` or `ValueError` for operands that do not fit;
+
+    `exact_rows`: the mask has as many rows as q.
+    """
     if not isinstance(mask, BSRTensor):
         kind = type(mask).__name__
-        raise TypeError(f"{what}: expected a block mask such as sl.causal(...), got {kind}; sl.mask_from(dense, block_size) makes one")
+        raise TypeError(
+            f"{what}: expected a block mask such as sl.causal(...), got {kind}; "
+            f"sl.mask_from(dense, block_size) makes one"
+        )
     if not mask.is_mask:
-        raise TypeError(f"{what}: expected a bool mask layout, got {mask.dtype} values; add scores as bias=, with mask=w.pattern")
+        raise TypeError(
+            f"{what}: expected a bool mask layout, got {mask.dtype} values; add scores as bias=, "
+            f"with mask=w.pattern"
+        )
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor) or isinstance(t, LayoutTensor):
             raise TypeError(f"{what}: {name} is a dense tensor, got {type(t).__name__}")
         if not t.dtype.is_floating_point:
             raise TypeError(f"{what}: {name} must be floating, got {t.dtype}")
         if not 2 <= t.dim() <= 4:
-            raise ValueError(f"{what}: {name} is (B, H, N, D), (H, N, D) or (N, D), got shape {tuple(t.shape)}")
+            raise ValueError(
+                f"{what}: {name} is (B, H, N, D), (H, N, D) or (N, D), got shape {tuple(t.shape)}"
+            )
         if t.device != mask.device:
-            raise ValueError(f"{what}: {name} is on {t.device}, the mask on {mask.device}; move it with mask.to({str(t.device)!r})")
+            raise ValueError(
+                f"{what}: {name} is on {t.device}, the mask on {mask.device}; move it with "
+                f"mask.to({str(t.device)!r})"
+            )
     if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
-        raise TypeError(f"{what}: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; convert with .to(dtype)")
+        raise TypeError(
+            f"{what}: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; convert with "
+            f".to(dtype)"
+        )
     if not q.dim() == k.dim() == v.dim():
-        raise ValueError(f"{what}: q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions; expected the same")
+        raise ValueError(
+            f"{what}: q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions; expected "
+            f"the same"
+        )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{what}: dropout_p is at least 0 and below 1, got {dropout_p}")
     if scale is not None and (isinstance(scale, Tensor) or scale != scale):
@@ -52,35 +75,47 @@ def check_attention(
         _check_bias(what, bias, mask, q)
 
 
-def _check_shapes(what: str, q: Tensor, k: Tensor, v: Tensor, mask: BSRTensor, exact_rows: bool) -> None:
+def _check_shapes(
+    what: str, q: Tensor, k: Tensor, v: Tensor, mask: BSRTensor, exact_rows: bool
+) -> None:
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"{what}: q has head size {q.shape[-1]}, k {k.shape[-1]}")
     if k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f"{what}: k {tuple(k.shape)} and v {tuple(v.shape)} differ in batch, heads or length")
+        raise ValueError(
+            f"{what}: k {tuple(k.shape)} and v {tuple(v.shape)} differ in batch, heads or length"
+        )
     rows, columns = mask.block_pattern.shape
     if columns != k.shape[-2]:
         raise ValueError(
-            f"{what}: the mask is for {columns} keys, there are {k.shape[-2]}; build it for this length, or slice it at block edges"
+            f"{what}: the mask is for {columns} keys, there are {k.shape[-2]}; build it for this "
+            f"length, or slice it at block edges"
         )
     if exact_rows and rows != q.shape[-2]:
-        raise ValueError(f"{what}: the mask has {rows} rows, there are {q.shape[-2]} queries; sl.attention takes the last rows")
+        raise ValueError(
+            f"{what}: the mask has {rows} rows, there are {q.shape[-2]} queries; sl.attention "
+            f"takes the last rows"
+        )
     if rows < q.shape[-2]:
         raise ValueError(f"{what}: the mask has {rows} rows, fewer than the {q.shape[-2]} queries")
     batches, heads, kv_heads = _sizes(q, k)
     if q.dim() == 4 and k.shape[0] not in (1, q.shape[0]) and q.shape[0] != 1:
         raise ValueError(f"{what}: batch sizes {q.shape[0]} and {k.shape[0]} differ")
-    if kv_heads == 0 or heads % kv_heads:
-        if heads or kv_heads:
-            raise ValueError(f"{what}: {kv_heads} KV heads do not divide {heads} query heads")
+    if heads % max(kv_heads, 1) or (heads and not kv_heads):
+        raise ValueError(f"{what}: {kv_heads} KV heads do not divide {heads} query heads")
     lead = mask.block_pattern.lead
     if len(lead) > 2:
-        raise ValueError(f"{what}: a mask has at most a batch and a head dimension, got {tuple(mask.shape)}")
+        raise ValueError(
+            f"{what}: a mask has at most a batch and a head dimension, got {tuple(mask.shape)}"
+        )
     if lead and lead[-1] not in (1, heads, kv_heads):
         raise ValueError(
-            f"{what}: the mask has {lead[-1]} heads; expected {heads} (query heads), {kv_heads} (KV heads) or 1"
+            f"{what}: the mask has {lead[-1]} heads; expected {heads} (query heads), {kv_heads} "
+            f"(KV heads) or 1"
         )
     if len(lead) == 2 and lead[0] not in (1, batches):
-        raise ValueError(f"{what}: the mask is for a batch of {lead[0]}, there are {batches} samples")
+        raise ValueError(
+            f"{what}: the mask is for a batch of {lead[0]}, there are {batches} samples"
+        )
 
 
 def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
@@ -92,20 +127,36 @@ def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
 
 def _check_bias(what: str, bias: Any, mask: BSRTensor, q: Tensor) -> None:
     if not isinstance(bias, BSRTensor) or bias.is_mask:
-        raise TypeError(f"{what}: bias is a block layout of scores such as sl.sddmm(a, b, mask), got {type(bias).__name__}")
+        raise TypeError(
+            f"{what}: bias is a block layout of scores such as sl.sddmm(a, b, mask), got "
+            f"{type(bias).__name__}"
+        )
     if not bias.dtype.is_floating_point:
         raise TypeError(f"{what}: bias must be floating, got {bias.dtype}")
     own, wanted = bias.block_pattern, expand_heads(mask.block_pattern)
-    matching = own.shape == wanted.shape and own.block_size == wanted.block_size and own.lead == wanted.lead
+    matching = (
+        own.shape == wanted.shape
+        and own.block_size == wanted.block_size
+        and own.lead == wanted.lead
+    )
     if not (
         matching
         and same_index(own.crow_indices, wanted.crow_indices)
         and same_index(own.col_indices, wanted.col_indices)
     ):
-        raise ValueError(f"{what}: the bias is not on the mask's blocks; make it with sl.sddmm(a, b, mask) or x.sparse_mask(mask)")
+        raise ValueError(
+            f"{what}: the bias is not on the mask's blocks; make it with sl.sddmm(a, b, mask) or "
+            f"x.sparse_mask(mask)"
+        )
     batches, heads, _ = _sizes(q, q)
     extra = bias.shape[: bias.dim() - 2]
     sizes = (batches, heads)
-    if len(extra) > 2 or any(e not in (1, s) for e, s in zip(reversed(extra), reversed(sizes), strict=False)):
-        if not (own.lead and len(extra) <= 2 and extra[-1] == own.lead[-1] and extra[:-1] in ((), (1,), (batches,))):
-            raise ValueError(f"{what}: the bias {tuple(bias.shape)} does not broadcast to {sizes} samples and heads")
+    fits = len(extra) <= 2 and all(
+        e in (1, s) for e, s in zip(reversed(extra), reversed(sizes), strict=False)
+    )
+    if own.lead and len(extra) <= 2:  # its heads are the mask's, which have been checked
+        fits = extra[-1] == own.lead[-1] and extra[:-1] in ((), (1,), (batches,))
+    if not fits:
+        raise ValueError(
+            f"{what}: the bias {tuple(bias.shape)} does not broadcast to {sizes} samples and heads"
+        )

@@ -1,4 +1,7 @@
-"""Which lists of a pattern each query head reads, and where its bias blocks lie; derived once a pattern."""
+"""Which lists of a pattern each query head reads, and where its bias blocks lie;
+
+derived once a pattern.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,10 @@ class OwnSlots(NamedTuple):
 
 
 def own_slots(pattern: BlockPattern, heads: int) -> OwnSlots:
-    """Slots of its own for every query head (and every sample that has its own pattern); one host sync, once a pattern."""
+    """Slots of its own for every query head (and every sample that has its own pattern);
+
+    one host sync, once a pattern.
+    """
 
     def build() -> OwnSlots:
         table = list_of_head(pattern, heads)
@@ -54,7 +60,10 @@ def own_slots(pattern: BlockPattern, heads: int) -> OwnSlots:
 def bias_arguments(
     bias: BSRTensor | None, mask: BSRTensor, heads: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """A bias as kernels take it: values (B or 1, Sb, bm, bn) in row order and `bias_base` (B or 1, H)."""
+    """A bias as kernels take it:
+
+    values (B or 1, Sb, bm, bn) in row order and `bias_base` (B or 1, H).
+    """
     if bias is None:
         return None, None
     values = bias.inner_values
@@ -64,7 +73,8 @@ def bias_arguments(
         values = values.index_select(-3, p.row_slots.long())
     batch = values.shape[:-3]
     blocks = values.shape[-3]
-    # The dimensions before (M, N) are (B, H) from the right; those that the pattern lacks are the values' batch.
+    # The dimensions before (M, N) are (B, H) from the right; those that the pattern lacks are the
+    # values' batch.
     if len(p.lead) == 0:
         per_head = batch[-1] if batch else 1
         base = torch.arange(per_head, device=values.device)[None] * blocks
@@ -85,13 +95,20 @@ def bias_gradient(dbias: Tensor, bias: BSRTensor) -> BSRTensor:
     return bias.like_self(values)
 
 
-def sum_shared(dbias: Tensor, bias: Tensor, bias_base: Tensor, pattern: BlockPattern, heads: int) -> Tensor:
-    """Adds up, in a fixed order, what heads and samples that share a bias gave it; `bias`'s shape and dtype."""
+def sum_shared(
+    dbias: Tensor, bias: Tensor, bias_base: Tensor, pattern: BlockPattern, heads: int
+) -> Tensor:
+    """Adds up, in a fixed order, what heads and samples that share a bias gave it;
+
+    `bias`'s shape and dtype.
+    """
     own = own_slots(pattern, heads)
     assert own.base is not None
     table = list_of_head(pattern, heads)
     base = own.base.expand(max(own.base.shape[0], bias_base.shape[0]), -1)
-    lengths = (pattern.crow_indices[:, -1] - pattern.crow_indices[:, 0])[table.long()].flatten().long()
+    lengths = (
+        (pattern.crow_indices[:, -1] - pattern.crow_indices[:, 0])[table.long()].flatten().long()
+    )
     owner = torch.arange(base.numel(), device=dbias.device).repeat_interleave(
         lengths.expand(base.numel()) if lengths.numel() == 1 else lengths, output_size=own.blocks
     )

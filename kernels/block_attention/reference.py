@@ -15,7 +15,10 @@ _LOW = 0xFFFFFFFF
 
 
 def philox(seed: Tensor, counters: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 (Salmon et al., SC 2011, and `tl.philox`): four uint32 words, held in int64, a counter."""
+    """Philox4x32-10 (Salmon et al., SC 2011, and `tl.philox`):
+
+    four uint32 words, held in int64, a counter.
+    """
     c0, c1, c2, c3 = counters
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(_ROUNDS):
@@ -33,10 +36,12 @@ def philox(seed: Tensor, counters: tuple[Tensor, Tensor, Tensor, Tensor]) -> tup
 def dropout_keep(
     seed: Tensor, p: float, batch: Tensor, head: Tensor, row: Tensor, column: Tensor
 ) -> Tensor:
-    """Which probabilities dropout keeps: word `column % 4` of philox(seed; column // 4, row, head, batch) >= p * 2^32.
+    """Which probabilities dropout keeps: word `column % 4` of philox(seed; column // 4, row, head,
+    batch) >= p * 2^32.
 
-    `seed` is an int64 tensor of one element; the indices are int64, broadcast against each other; `row` counts in the mask's rows.
-    Every kernel draws the same: an implementation may share one philox call among four neighbouring columns.
+    `seed` is an int64 tensor of one element; the indices are int64, broadcast against each other;
+    `row` counts in the mask's rows. Every kernel draws the same: an implementation may share one
+    philox call among four neighbouring columns.
     """
     shape = torch.broadcast_shapes(batch.shape, head.shape, row.shape, column.shape)
     counters = (
@@ -68,16 +73,20 @@ def block_attention(
     bias: Tensor | None = None,
     bias_base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(out, lse)` of softmax(scale * q @ k.mT + bias, over the entries that the pattern stores) @ v.
+    """`(out, lse)` of softmax(scale * q @ k.mT + bias, over the entries that the pattern stores) @
+    v.
 
-    Shapes: q (B, H, Nq, D), k (B, Hkv, Nk, D), v (B, Hkv, Nk, Dv), any strides, Hkv divides H; out (B, H, Nq, Dv) in q's dtype,
-    lse (B, H, Nq), natural logarithm, fp32 (fp64 for fp64). `pattern.shape` is (M, Nk) with M >= Nq: query r stands in
-    the mask's row M - Nq + r. `head_map` (B or 1, H) int32 says which of the pattern's P list sets each head uses; `pattern.lead` and `pattern.head_map` are not read.
-    A block that counts c times has its probabilities multiplied by c. A row without entries gives 0 and lse -inf.
+    Shapes: q (B, H, Nq, D), k (B, Hkv, Nk, D), v (B, Hkv, Nk, Dv), any strides, Hkv divides H; out
+    (B, H, Nq, Dv) in q's dtype, lse (B, H, Nq), natural logarithm, fp32 (fp64 for fp64).
+    `pattern.shape` is (M, Nk) with M >= Nq: query r stands in the mask's row M - Nq + r. `head_map`
+    (B or 1, H) int32 says which of the pattern's P list sets each head uses; `pattern.lead` and
+    `pattern.head_map` are not read. A block that counts c times has its probabilities multiplied by
+    c. A row without entries gives 0 and lse -inf.
 
-    bias: values (B or 1, Sb, bm, bn) added to the scaled scores. The block at position t of the row lists of pattern p has its bias at
-    slot `bias_base[b, h] + t - crow_indices[p, 0]`; `bias_base` (B or 1, H) int64.
-    Dropout as in `dropout_keep`; lse does not see it; kept probabilities are divided by 1 - p.
+    bias: values (B or 1, Sb, bm, bn) added to the scaled scores. The block at position t of the row
+    lists of pattern p has its bias at slot `bias_base[b, h] + t - crow_indices[p, 0]`; `bias_base`
+    (B or 1, H) int64. Dropout as in `dropout_keep`; lse does not see it; kept probabilities are
+    divided by 1 - p.
     """
     (batch, heads, nq, _), kv_heads, (m, n) = q.shape, k.shape[1], pattern.shape
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -88,9 +97,9 @@ def block_attention(
     scores = scale * (q.to(accumulate) @ k.mT)
     if bias is not None:
         assert bias_base is not None
-        scores = scores + _dense_bias(bias.to(accumulate), bias_base, pattern, head_map)[
-            :, :, m - nq :
-        ]
+        scores = (
+            scores + _dense_bias(bias.to(accumulate), bias_base, pattern, head_map)[:, :, m - nq :]
+        )
     scores = scores.masked_fill(counts == 0, -torch.inf) + counts.clamp(min=1).log().to(accumulate)
     lse = scores.logsumexp(-1)
     finite = lse.masked_fill(counts.sum(-1) == 0, 0.0)
@@ -114,7 +123,9 @@ def _dense_bias(bias: Tensor, base: Tensor, p: BlockPattern, head_map: Tensor) -
     for b in range(max(bias.shape[0], head_map.shape[0])):
         values = bias[b % bias.shape[0]]
         heads = []
-        for which, start in zip(head_map[b % head_map.shape[0]], base[b % base.shape[0]], strict=True):
+        for which, start in zip(
+            head_map[b % head_map.shape[0]], base[b % base.shape[0]], strict=True
+        ):
             crow = p.crow_indices[which].long()
             entry_row = rows.repeat_interleave(crow.diff())
             where = entry_row * nb + p.col_indices[crow[0] : crow[-1]]
@@ -144,20 +155,26 @@ def block_attention_backward(
     dbias_base: Tensor | None = None,
     dbias_blocks: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`(dq, dk, dv, dbias)` from the gradients to out and lse (None: zero); the other arguments as in the forward.
+    """`(dq, dk, dv, dbias)` from the gradients to out and lse (None: zero); the other arguments as
+    in the forward.
 
-    `dbias_base` (B or 1, H) int64, asked for where bias needs a gradient, gives every head slots of its own, as `bias_base` does in
-    the forward but never shared: dbias is (B, dbias_blocks, bm, bn) in bias's dtype, 0 at what is not stored; whoever shares a bias
-    among heads or samples adds up. With `dbias_base` of B > 1 rows the slots of all samples are distinct and dbias has batch 1.
+    `dbias_base` (B or 1, H) int64, asked for where bias needs a gradient, gives every head slots of
+    its own, as `bias_base` does in the forward but never shared: dbias is (B, dbias_blocks, bm, bn)
+    in bias's dtype, 0 at what is not stored; whoever shares a bias among heads or samples adds up.
+    With `dbias_base` of B > 1 rows the slots of all samples are distinct and dbias has batch 1.
     """
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         own_bias = None
         if bias is not None and dbias_base is not None:
-            own_bias = _own_bias(bias, bias_base, pattern, head_map, dbias_base, dbias_blocks, q.shape[0])
+            own_bias = _own_bias(
+                bias, bias_base, pattern, head_map, dbias_base, dbias_blocks, q.shape[0]
+            )
             own_bias = own_bias.detach().requires_grad_()
         o, s = block_attention(
-            *leaves,
+            leaves[0],
+            leaves[1],
+            leaves[2],
             pattern,
             head_map,
             scale=scale,

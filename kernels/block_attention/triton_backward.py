@@ -16,6 +16,7 @@ from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.reference import dropout_threshold
 from sparse_layouts.kernels.block_attention.tile_schedule import tile_schedule
 from sparse_layouts.kernels.block_attention.triton_common import (
+    ANY,
     TYPE_NAMES,
     Tiles,
     choose,
@@ -107,7 +108,9 @@ def attention_backward_columns(
     batch64, kv_head64 = batch.to(tl.int64), kv_head.to(tl.int64)
     # a tile is dealt out by the weight that the first head of the group gives it
     which = tl.load(head_map_ptr + batch * stride_map + kv_head * group)
-    tile = tl.load(order_ptr + which * num_groups + rank // KEY_PARTS) * KEY_PARTS + rank % KEY_PARTS
+    tile = (
+        tl.load(order_ptr + which * num_groups + rank // KEY_PARTS) * KEY_PARTS + rank % KEY_PARTS
+    )
     offs_n = tile * TN + tl.arange(0, TN)
     offs_r = (tile % KEY_PARTS) * TN + tl.arange(0, TN)  # in the group of block columns
     mask_n = offs_n < num_keys
@@ -118,9 +121,13 @@ def attention_backward_columns(
     mask_v = mask_n[:, None] & (offs_dv < value_dim)[None, :]
     keys64 = offs_n.to(tl.int64)[:, None]
     k_ptrs = k_ptr + batch64 * stride_kb + kv_head64 * stride_kh
-    k_tile = tl.load(k_ptrs + keys64 * stride_kn + (offs_d * stride_kd)[None, :], mask=mask_k, other=0.0)
+    k_tile = tl.load(
+        k_ptrs + keys64 * stride_kn + (offs_d * stride_kd)[None, :], mask=mask_k, other=0.0
+    )
     v_ptrs = v_ptr + batch64 * stride_vb + kv_head64 * stride_vh
-    v_tile = tl.load(v_ptrs + keys64 * stride_vn + (offs_dv * stride_vd)[None, :], mask=mask_v, other=0.0)
+    v_tile = tl.load(
+        v_ptrs + keys64 * stride_vn + (offs_dv * stride_vd)[None, :], mask=mask_v, other=0.0
+    )
     seed = 0
     columns4 = (tile * TN + tl.arange(0, TN // 4) * 4) // 4
     if DROPOUT:
@@ -156,7 +163,9 @@ def attention_backward_columns(
             first = start + j // PARTS * GATHER
             part = j % PARTS
             blocks = next_blocks
-            next_blocks = slot_blocks(columns_ptr, start + (j + 1) // PARTS * GATHER, offs_m, BM, TM)
+            next_blocks = slot_blocks(
+                columns_ptr, start + (j + 1) // PARTS * GATHER, offs_m, BM, TM
+            )
             rows = slot_positions(blocks, part, offs_m, BM, TM)  # [TM], in the mask
             query = rows - row_offset
             mask_m = (query >= 0) & (query < num_queries)
@@ -168,9 +177,15 @@ def attention_backward_columns(
                 mask_q = mask_m[:, None] & (offs_d < head_dim)[None, :]
                 mask_g = mask_m[:, None] & (offs_dv < value_dim)[None, :]
                 query64 = query.to(tl.int64)[:, None]
-                q_tile = tl.load(q_head + query64 * stride_qm + (offs_d * stride_qd)[None, :], mask=mask_q, other=0.0)
+                q_tile = tl.load(
+                    q_head + query64 * stride_qm + (offs_d * stride_qd)[None, :],
+                    mask=mask_q,
+                    other=0.0,
+                )
                 dout_tile = tl.load(
-                    dout_head + query64 * stride_gm + (offs_dv * stride_gd)[None, :], mask=mask_g, other=0.0
+                    dout_head + query64 * stride_gm + (offs_dv * stride_gd)[None, :],
+                    mask=mask_g,
+                    other=0.0,
                 )
             if TMA:
                 lse2_tile = lse2.load([batch, head, first_query]).reshape([TM])
@@ -187,7 +202,9 @@ def attention_backward_columns(
             if not FOLD:
                 s -= lse2_tile[None, :]
             if bias_ptr is not None:
-                position = tl.load(positions_ptr + slot_index(first, offs_r, offs_m, BN, BM, TN, TM))
+                position = tl.load(
+                    positions_ptr + slot_index(first, offs_r, offs_m, BN, BM, TN, TM)
+                )
                 bias_ptrs = bias_head + position.to(tl.int64) * stride_bias_slot
                 bias_ptrs += ((offs_r % BN) * stride_bias_n)[:, None]
                 bias_ptrs += (((part * TM + offs_m) % BM) * stride_bias_m)[None, :]
@@ -195,8 +212,12 @@ def attention_backward_columns(
             p = tl.math.exp2(s)
             if j >= plain:
                 if log_counts_ptr is not None:
-                    p *= tl.math.exp2(tl.load(log_counts_ptr + slot_index(first, offs_r, offs_m, BN, BM, TN, TM)))
-                live = stored_entries(block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_m, BN, BM, TN, TM)
+                    p *= tl.math.exp2(
+                        tl.load(log_counts_ptr + slot_index(first, offs_r, offs_m, BN, BM, TN, TM))
+                    )
+                live = stored_entries(
+                    block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_m, BN, BM, TN, TM
+                )
                 # what is not stored may have overflowed
                 p = tl.where(live & mask_m[None, :], p, 0.0)
             dp = tl.dot(v_tile, dout_tile.T, dp, input_precision=PRECISION)  # [TN, TM]
@@ -246,7 +267,10 @@ def attention_backward_rows(
     batch64, head64, kv_head64 = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
     which = tl.load(head_map_ptr + batch * stride_map + head)
     if order_ptr is not None:
-        tile = tl.load(order_ptr + which * num_groups + rank // ROW_PARTS) * ROW_PARTS + rank % ROW_PARTS
+        tile = (
+            tl.load(order_ptr + which * num_groups + rank // ROW_PARTS) * ROW_PARTS
+            + rank % ROW_PARTS
+        )
     else:
         tile = first_tile + num_tiles - 1 - rank
     row = which * num_groups + tile // ROW_PARTS
@@ -265,9 +289,13 @@ def attention_backward_rows(
     mask_g = mask_m[:, None] & (offs_dv < value_dim)[None, :]
     query64 = query.to(tl.int64)[:, None]
     q_ptrs = q_ptr + batch64 * stride_qb + head64 * stride_qh
-    q_tile = tl.load(q_ptrs + query64 * stride_qm + (offs_d * stride_qd)[None, :], mask=mask_q, other=0.0)
+    q_tile = tl.load(
+        q_ptrs + query64 * stride_qm + (offs_d * stride_qd)[None, :], mask=mask_q, other=0.0
+    )
     dout_ptrs = dout_ptr + batch64 * stride_gb + head64 * stride_gh
-    dout_tile = tl.load(dout_ptrs + query64 * stride_gm + (offs_dv * stride_gd)[None, :], mask=mask_g, other=0.0)
+    dout_tile = tl.load(
+        dout_ptrs + query64 * stride_gm + (offs_dv * stride_gd)[None, :], mask=mask_g, other=0.0
+    )
     terms = (batch64 * heads + head) * stride_terms + query
     lse2_tile = tl.load(lse2 + terms, mask=mask_m, other=float("inf"))
     delta_tile = tl.load(delta + terms, mask=mask_m, other=0.0)
@@ -302,8 +330,12 @@ def attention_backward_rows(
             mask_k = mask_n[:, None] & (offs_d < head_dim)[None, :]
             mask_v = mask_n[:, None] & (offs_dv < value_dim)[None, :]
             keys64 = keys.to(tl.int64)[:, None]
-            k_tile = tl.load(k + keys64 * stride_kn + (offs_d * stride_kd)[None, :], mask=mask_k, other=0.0)
-            v_tile = tl.load(v + keys64 * stride_vn + (offs_dv * stride_vd)[None, :], mask=mask_v, other=0.0)
+            k_tile = tl.load(
+                k + keys64 * stride_kn + (offs_d * stride_kd)[None, :], mask=mask_k, other=0.0
+            )
+            v_tile = tl.load(
+                v + keys64 * stride_vn + (offs_dv * stride_vd)[None, :], mask=mask_v, other=0.0
+            )
         s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) * scale2  # [TM, TN]
         if bias_ptr is not None:
             position = tl.load(positions_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN))
@@ -315,14 +347,21 @@ def attention_backward_rows(
         p = tl.math.exp2(s - lse2_tile[:, None])
         if j >= plain:
             if log_counts_ptr is not None:
-                p *= tl.math.exp2(tl.load(log_counts_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN)))
-            live = stored_entries(block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_n, BM, BN, TM, TN)
+                p *= tl.math.exp2(
+                    tl.load(log_counts_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN))
+                )
+            live = stored_entries(
+                block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_n, BM, BN, TM, TN
+            )
             # what is not stored may have overflowed
             p = tl.where(live & mask_n[None, :], p, 0.0)
         dp = tl.dot(dout_tile, v_tile.T, input_precision=PRECISION)  # [TM, TN]
         if DROPOUT:
             offs4 = tl.arange(0, TN // 4) * 4
-            columns4 = slot_positions(slot_blocks(columns_ptr, first, offs4, BN, TN), part, offs4, BN, TN) // 4
+            columns4 = (
+                slot_positions(slot_blocks(columns_ptr, first, offs4, BN, TN), part, offs4, BN, TN)
+                // 4
+            )
             keep = dropout_keep(seed, threshold, batch, head, offs_m, columns4, TM, TN)
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = p * (dp - delta_tile[:, None])
@@ -337,29 +376,28 @@ def attention_backward_rows(
     tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_q)
 
 
-# (bytes of an element, head size, KB of shared memory a block may have): tile, the first that fits. Measured on an H200 with
+# (bytes of an element, head size, block, KB of shared memory): tile, the first that fits; see `choose`. Measured on an H200 with
 # local-stride masks (bf16: N 8192, D 128, blocks of 64 and 128; N 4096, D 64 and 256; fp32: N 4096), 2026-11-20.
-# For dk and dv `columns` keys stay and `rows` queries stream.
+# For dk and dv `columns` keys stay and `rows` queries stream. Small blocks want narrow tiles: neighbouring columns are unlike.
 COLUMN_TILES = [
-    (2, 128, 99, Tiles(64, 64, 4, 2)),
-    (2, 256, 227, Tiles(64, 64, 8, 2)),
-    (2, 256, 163, Tiles(32, 64, 8, 2)),
-    (2, 256, 99, Tiles(32, 32, 4, 1)),
-    (4, 64, 99, Tiles(32, 32, 4, 1)),
-    (4, 128, 163, Tiles(64, 32, 8, 1)),
-    (4, 128, 99, Tiles(32, 32, 4, 1)),
-    (4, 256, 99, Tiles(32, 16, 4, 1)),
+    (2, 128, 16, 99, Tiles(32, 16, 1, 2)),
+    (2, 128, 32, 99, Tiles(32, 32, 2, 2)),
+    (2, 128, ANY, 99, Tiles(64, 64, 4, 2)),
+    (2, 256, ANY, 227, Tiles(64, 64, 8, 2)),
+    (2, 256, ANY, 163, Tiles(32, 64, 8, 2)),
+    (2, 256, ANY, 99, Tiles(32, 32, 4, 1)),
+    (4, 128, ANY, 99, Tiles(32, 32, 4, 1)),
+    (4, 256, ANY, 99, Tiles(32, 16, 4, 1)),
 ]
 # For dq `rows` queries stay and `columns` keys stream.
 ROW_TILES = [
-    (2, 128, 99, Tiles(64, 64, 4, 2)),
-    (2, 256, 227, Tiles(128, 32, 8, 2)),
-    (2, 256, 163, Tiles(64, 32, 4, 2)),
-    (2, 256, 99, Tiles(32, 32, 4, 1)),
-    (4, 64, 99, Tiles(64, 32, 4, 1)),
-    (4, 128, 163, Tiles(64, 64, 8, 1)),
-    (4, 128, 99, Tiles(32, 32, 4, 1)),
-    (4, 256, 99, Tiles(16, 32, 4, 1)),
+    (2, 128, ANY, 99, Tiles(64, 64, 4, 2)),
+    (2, 256, ANY, 227, Tiles(128, 32, 8, 2)),
+    (2, 256, ANY, 163, Tiles(64, 32, 4, 2)),
+    (2, 256, ANY, 99, Tiles(32, 32, 4, 1)),
+    (4, 128, ANY, 227, Tiles(64, 64, 8, 1)),
+    (4, 128, ANY, 99, Tiles(32, 32, 4, 1)),
+    (4, 256, ANY, 99, Tiles(16, 32, 4, 1)),
 ]
 
 
@@ -387,10 +425,12 @@ def block_attention_backward(
     The scores are computed twice, once by columns for dk and dv, once by rows for dq and dbias, so that every gradient is
     added up in one place and in one order.
     """
-    case = (q.element_size(), max(q.shape[-1], v.shape[-1]), shared_memory_kb(q.device))
+    head_dim, (bm, bn) = max(q.shape[-1], v.shape[-1]), pattern.block_size
+    size, shared_kb = q.element_size(), shared_memory_kb(q.device)
     return launch_backward(
         dout, dlse, q, k, v, out, lse, pattern, head_map, scale, dropout_p, seed, bias, bias_base,
-        dbias_base, dbias_blocks, choose(COLUMN_TILES, *case), choose(ROW_TILES, *case),
+        dbias_base, dbias_blocks,
+        choose(COLUMN_TILES, size, head_dim, bn, shared_kb), choose(ROW_TILES, size, head_dim, bm, shared_kb),
     )  # fmt: skip
 
 
@@ -418,6 +458,9 @@ def launch_backward(
     """:func:`block_attention_backward` with the tiles given, for whoever measures tiles; `tma=False` keeps to plain loads."""
     (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
     m, (bm, bn) = pattern.shape[0], pattern.block_size
+    head_map = head_map.contiguous()
+    bias_base = None if bias_base is None else bias_base.contiguous()
+    dbias_base = None if dbias_base is None else dbias_base.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dbias = None
     if bias is not None and dbias_base is not None:
@@ -577,7 +620,7 @@ def compilations() -> Iterator[Compilation]:
     for case in variants():
         d = padded_head_dim(case.head_dim)
         kind = TYPE_NAMES[case.dtype]
-        chosen = (case.dtype.itemsize, d, case.shared_kb)
+        chosen = (case.dtype.itemsize, d, case.block, case.shared_kb)
         by_column, by_row = choose(COLUMN_TILES, *chosen), choose(ROW_TILES, *chosen)
         flags = {"BM": case.block, "BN": case.block, "D": d, "DV": d}
         flags["PRECISION"] = precision(case.dtype)

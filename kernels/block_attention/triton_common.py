@@ -105,7 +105,9 @@ def slot_index(
 
 
 @triton.jit
-def dropout_keep(seed, threshold, batch, head, rows, columns4, ROW_TILE: tl.constexpr, TILE: tl.constexpr):
+def dropout_keep(
+    seed, threshold, batch, head, rows, columns4, ROW_TILE: tl.constexpr, TILE: tl.constexpr
+):
     """bool [ROW_TILE, TILE]: the reference's `dropout_keep`; `columns4` [TILE // 4] are the columns divided by 4."""
     zero = tl.zeros([ROW_TILE, TILE // 4], tl.int32)
     w0, w1, w2, w3 = tl.philox(
@@ -115,12 +117,20 @@ def dropout_keep(seed, threshold, batch, head, rows, columns4, ROW_TILE: tl.cons
     return words.reshape([ROW_TILE, TILE]) >= threshold.to(tl.uint32)
 
 
+ANY = 1 << 30
+
+
 def choose(
-    table: list[tuple[int, int, int, Tiles]], element_bytes: int, head_dim: int, shared_kb: int
+    table: list[tuple[int, int, int, int, Tiles]],
+    element_bytes: int,
+    head_dim: int,
+    block: int,
+    shared_kb: int,
 ) -> Tiles:
-    """The first tile of a table of (element bytes, largest head size, KB of shared memory, tile) that a case fits."""
-    for entry_bytes, entry_dim, entry_kb, tiles in table:
-        if entry_bytes == element_bytes and head_dim <= entry_dim and entry_kb <= shared_kb:
+    """The first tile that fits of a table of (element bytes, largest head size, largest block, KB of shared memory, tile)."""
+    for entry_bytes, entry_dim, entry_block, entry_kb, tiles in table:
+        fits = head_dim <= entry_dim and block <= entry_block and entry_kb <= shared_kb
+        if fits and entry_bytes == element_bytes:
             return tiles
     raise NotImplementedError(
         f"no tile for {element_bytes}-byte elements, head size {head_dim} and {shared_kb} KB of shared memory"
@@ -181,7 +191,9 @@ def tma_ready(x: Tensor) -> bool:
 def tile_descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A descriptor of (B, H, N, D) that loads [1, 1, rows, columns]; what lies outside reads as zero."""
     # the stride of a dimension of one is never used, but has to be a multiple of 16 bytes
-    strides = [16 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    strides = [
+        16 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)
+    ]
     strides[-1] = 1
     return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, columns])
 
@@ -253,7 +265,9 @@ class Variant(NamedTuple):
         """As `block64-d128-bf16-tma`."""
         on = [w for w in ("tma", "tiles", "counts", "bias", "dropout") if getattr(self, w)]
         kind = TYPE_NAMES[self.dtype]
-        return "-".join([f"block{self.block}", f"d{self.head_dim}", kind, *on, f"{self.shared_kb}kb"])
+        return "-".join(
+            [f"block{self.block}", f"d{self.head_dim}", kind, *on, f"{self.shared_kb}kb"]
+        )
 
     def absent(self) -> dict[str, None]:
         """The pointers that this case passes None for."""
@@ -272,20 +286,24 @@ def variants() -> Iterator[Variant]:
     bf16, fp16, fp32 = TYPE_NAMES
     yield Variant(64, 128, bf16, tma=True, shared_kb=227)
     for block in (16, 32, 64, 128):
-        for head_dim in (16, 32, 64, 128):
+        for head_dim in (16, 64, 128):
             yield Variant(block, head_dim, bf16)
             yield Variant(block, head_dim, bf16, tma=True)
         yield Variant(block, 64, fp16)
+        yield Variant(block, 64, fp32)
+    for block in (16, 64):
         yield Variant(block, 256, bf16)
         yield Variant(block, 256, bf16, tma=True, shared_kb=227)
-        for head_dim in (64, 128, 256):
+        for head_dim in (128, 256):
             yield Variant(block, head_dim, fp32)
+            yield Variant(block, head_dim, fp32, shared_kb=227)
+    yield Variant(64, 32, bf16)
     yield Variant(64, 80, bf16, tma=True)
     yield Variant(64, 80, fp16)
-    yield Variant(64, 128, fp32, tma=True)
+    yield Variant(64, 128, fp32, tma=True, shared_kb=227)
     yield Variant(64, 64, bf16, tiles=False, counts=True)
     yield Variant(64, 64, bf16, tma=True, bias=True)
     yield Variant(64, 64, bf16, tma=True, dropout=True)
     yield Variant(16, 64, fp16, counts=True, bias=True, dropout=True)
-    for head_dim, dtype in ((128, bf16), (256, bf16), (64, fp32), (128, fp32), (256, fp32)):
-        yield Variant(64, head_dim, dtype, shared_kb=99)
+    for head_dim in (128, 256):
+        yield Variant(64, head_dim, bf16, shared_kb=99)

@@ -16,6 +16,7 @@ from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.reference import dropout_threshold
 from sparse_layouts.kernels.block_attention.tile_schedule import tile_schedule
 from sparse_layouts.kernels.block_attention.triton_common import (
+    ANY,
     TYPE_NAMES,
     Tiles,
     choose,
@@ -64,7 +65,10 @@ def attention_forward(
     batch64, head64, kv_head64 = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
     which = tl.load(head_map_ptr + batch * stride_map + head)
     if order_ptr is not None:
-        tile = tl.load(order_ptr + which * num_groups + rank // ROW_PARTS) * ROW_PARTS + rank % ROW_PARTS
+        tile = (
+            tl.load(order_ptr + which * num_groups + rank // ROW_PARTS) * ROW_PARTS
+            + rank % ROW_PARTS
+        )
     else:
         tile = first_tile + num_tiles - 1 - rank
     row = which * num_groups + tile // ROW_PARTS
@@ -116,8 +120,12 @@ def attention_forward(
             mask_k = mask_n[:, None] & (offs_d < head_dim)[None, :]
             mask_v = mask_n[:, None] & (offs_dv < value_dim)[None, :]
             keys64 = keys.to(tl.int64)[:, None]
-            k_tile = tl.load(k + keys64 * stride_kn + (offs_d * stride_kd)[None, :], mask=mask_k, other=0.0)
-            v_tile = tl.load(v + keys64 * stride_vn + (offs_dv * stride_vd)[None, :], mask=mask_v, other=0.0)
+            k_tile = tl.load(
+                k + keys64 * stride_kn + (offs_d * stride_kd)[None, :], mask=mask_k, other=0.0
+            )
+            v_tile = tl.load(
+                v + keys64 * stride_vn + (offs_dv * stride_vd)[None, :], mask=mask_v, other=0.0
+            )
         s = tl.dot(q, k_tile.T, input_precision=PRECISION)  # [TM, TN]
         if SCALED:
             s *= scale2
@@ -130,7 +138,9 @@ def attention_forward(
         if j >= plain:
             if log_counts_ptr is not None:
                 s += tl.load(log_counts_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN))
-            live = stored_entries(block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_n, BM, BN, TM, TN)
+            live = stored_entries(
+                block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_n, BM, BN, TM, TN
+            )
             s = tl.where(live & mask_n[None, :], s, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1) * rate)
         # a row that has met nothing yet keeps -inf, and must not subtract it from itself
@@ -141,8 +151,13 @@ def attention_forward(
         peak = new_peak
         if DROPOUT:
             offs4 = tl.arange(0, TN // 4) * 4
-            columns4 = slot_positions(slot_blocks(columns_ptr, first, offs4, BN, TN), part, offs4, BN, TN) // 4
-            p = tl.where(dropout_keep(seed, threshold, batch, head, offs_m, columns4, TM, TN), p, 0.0)
+            columns4 = (
+                slot_positions(slot_blocks(columns_ptr, first, offs4, BN, TN), part, offs4, BN, TN)
+                // 4
+            )
+            p = tl.where(
+                dropout_keep(seed, threshold, batch, head, offs_m, columns4, TM, TN), p, 0.0
+            )
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
 
     empty = norm == 0
@@ -153,22 +168,25 @@ def attention_forward(
     out_ptrs = out_ptr + batch64 * stride_ob + head64 * stride_oh
     out_ptrs += query.to(tl.int64)[:, None] * stride_om + (offs_dv * stride_od)[None, :]
     tl.store(
-        out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_dv < value_dim)[None, :]
+        out_ptrs,
+        acc.to(out_ptr.dtype.element_ty),
+        mask=mask_m[:, None] & (offs_dv < value_dim)[None, :],
     )
 
 
-# (bytes of an element, head size, KB of shared memory a block may have): tile, the first that fits. Measured on an H200 with
+# (bytes of an element, head size, block, KB of shared memory): tile, the first that fits; see `choose`. Measured on an H200 with
 # local-stride masks (bf16: N 8192, D 128, blocks of 64 and 128; N 4096, D 64 and 256; fp32: N 4096), 2026-11-20.
 # Three stages of 64 keys at D 128 take 112 KB: two blocks just fit a multiprocessor, which is what makes them fast.
 FORWARD_TILES = [
-    (2, 64, 99, Tiles(64, 64, 4, 3)),
-    (2, 128, 163, Tiles(64, 64, 4, 3)),
-    (2, 128, 99, Tiles(64, 64, 4, 2)),
-    (2, 256, 99, Tiles(64, 64, 4, 1)),
-    (4, 128, 163, Tiles(128, 32, 8, 2)),
-    (4, 128, 99, Tiles(64, 32, 4, 1)),
-    (4, 256, 163, Tiles(64, 32, 4, 1)),
-    (4, 256, 99, Tiles(16, 32, 4, 1)),
+    (2, 64, ANY, 99, Tiles(64, 64, 4, 3)),
+    (2, 128, ANY, 163, Tiles(64, 64, 4, 3)),
+    (2, 128, ANY, 99, Tiles(64, 64, 4, 2)),
+    (2, 256, ANY, 99, Tiles(64, 64, 4, 1)),
+    (4, 64, ANY, 99, Tiles(128, 32, 8, 2)),
+    (4, 128, ANY, 227, Tiles(128, 32, 8, 2)),
+    (4, 128, ANY, 99, Tiles(64, 32, 4, 1)),
+    (4, 256, ANY, 227, Tiles(64, 32, 4, 1)),
+    (4, 256, ANY, 99, Tiles(16, 32, 4, 1)),
 ]
 
 
@@ -189,8 +207,8 @@ def block_attention(
 
     After FlashAttention-2 (Dao, arXiv 2307.08691): softmax in base 2, one pass over the stored blocks of a tile of rows.
     """
-    case = (q.element_size(), max(q.shape[-1], v.shape[-1]), shared_memory_kb(q.device))
-    tiles = choose(FORWARD_TILES, *case)
+    head_dim, block = max(q.shape[-1], v.shape[-1]), pattern.block_size[0]
+    tiles = choose(FORWARD_TILES, q.element_size(), head_dim, block, shared_memory_kb(q.device))
     return launch_forward(
         q, k, v, pattern, head_map, scale, dropout_p, seed, bias, bias_base, tiles
     )
@@ -213,6 +231,8 @@ def launch_forward(
     """:func:`block_attention` with the tile given, for whoever measures tiles; `tma=False` keeps to plain loads."""
     (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
     m, (bm, bn) = pattern.shape[0], pattern.block_size
+    head_map = head_map.contiguous()
+    bias_base = None if bias_base is None else bias_base.contiguous()
     out = torch.empty_like(q) if value_dim == head_dim else q.new_empty(*q.shape[:-1], value_dim)
     lse = torch.empty(batch, heads, nq, device=q.device, dtype=torch.float32)
     if lse.numel() == 0 or pattern.num_blocks == 0 or value_dim == 0:
@@ -293,7 +313,7 @@ def compilations() -> Iterator[Compilation]:
     """Every tile of the table, and every feature once."""
     for case in variants():
         d = padded_head_dim(case.head_dim)
-        tiles = choose(FORWARD_TILES, case.dtype.itemsize, d, case.shared_kb)
+        tiles = choose(FORWARD_TILES, case.dtype.itemsize, d, case.block, case.shared_kb)
         if case.tma and case.block < tiles.columns:
             continue
         kind = TYPE_NAMES[case.dtype]

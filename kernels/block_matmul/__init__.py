@@ -1,7 +1,8 @@
 """block_matmul: a block layout times a dense matrix, either way round, with gradients to both.
 
-`out = W @ x`, W (*batch, *lead, M, K) a BSRTensor, x dense. `x @ W` is `(W.mT @ x.mT).mT` on the column lists, `F.linear(x, W)` is
-`(W @ x.mT).mT`; nothing is copied for it. Gradients: to x, `W.mT @ g`; to W, `g @ x.mT` at its stored blocks (`sddmm`), in its layout.
+`out = W @ x`, W (*batch, *lead, M, K) a BSRTensor, x dense. `x @ W` is `(W.mT @ x.mT).mT` on the
+column lists, `F.linear(x, W)` is `(W @ x.mT).mT`; nothing is copied for it. Gradients: to x, `W.mT
+@ g`; to W, `g @ x.mT` at its stored blocks (`sddmm`), in its layout.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from torch import Tensor
 from sparse_layouts import opaque
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.bsr_tensor import BSRTensor
-from sparse_layouts.dispatch import Facts, Use, current, facts_of, register_kernel, restored, route, run
+from sparse_layouts.dispatch import (
+    Facts,
+    Use,
+    current,
+    facts_of,
+    register_kernel,
+    restored,
+    route,
+    run,
+)
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.block_matmul import reference
 from sparse_layouts.layout_autograd import as_layout
@@ -65,7 +75,9 @@ def _shape(values: Tensor, pattern: BlockPattern, x: Tensor, transposed_output: 
     return x.new_empty(batch, pattern.num_patterns, m, n)
 
 
-block_matmul_op = opaque.define(OP, "Tensor values, {pattern}, Tensor x, bool transposed_output", _launch, _shape)
+block_matmul_op = opaque.define(
+    OP, "Tensor values, {pattern}, Tensor x, bool transposed_output", _launch, _shape
+)
 
 
 def multiply(
@@ -99,7 +111,8 @@ def multiply(
     # A pattern's leading indices are its own; x expands to them, never the other way round.
     if whole[len(whole) - width :] != lead or len(whole) < len(batch) + width:
         raise ValueError(
-            f"matmul: leading dimensions {tuple(outer)} of the dense operand do not broadcast to the layout's {(*batch, *lead)}"
+            f"matmul: leading dimensions {tuple(outer)} of the dense operand do not broadcast to "
+            f"the layout's {(*batch, *lead)}"
         )
     own_batch = whole[: len(whole) - width]
     flat_x = x.expand(*whole, k, n).reshape(math.prod(own_batch), math.prod(lead), k, n)
@@ -109,7 +122,10 @@ def multiply(
 
 
 class BlockMatmul(torch.autograd.Function):
-    """`W @ x`; the gradients call `torch.matmul` and `sddmm` again, and so can be differentiated themselves."""
+    """`W @ x`;
+
+    the gradients call `torch.matmul` and `sddmm` again, and so can be differentiated themselves.
+    """
 
     @staticmethod
     def forward(layout: BSRTensor, x: Tensor, transposed_output: bool) -> Tensor:
@@ -140,14 +156,18 @@ def check(layout: BSRTensor, dense: Any, contracted: int, own: int, what: str) -
     """Raises for operands that do not fit: what was expected, what came, the way out."""
     if not isinstance(dense, Tensor):
         raise TypeError(f"{what}: expected a tensor, got {type(dense).__name__}")
-    values = layout.inner_values  # a plain tensor: its properties cost nothing, the layout's 1.5 us each
+    values = (
+        layout.inner_values
+    )  # a plain tensor: its properties cost nothing, the layout's 1.5 us each
     if values is None:
         raise TypeError(
-            f"{what}: a mask layout has no values to multiply; convert it first: mask.to({dense.dtype})"
+            f"{what}: a mask layout has no values to multiply; convert it first: "
+            f"mask.to({dense.dtype})"
         )
     if values.dtype != dense.dtype:
         raise TypeError(
-            f"{what}: expected one dtype, got {values.dtype} and {dense.dtype}; convert one with .to(dtype)"
+            f"{what}: expected one dtype, got {values.dtype} and {dense.dtype}; convert one with "
+            f".to(dtype)"
         )
     if not values.dtype.is_floating_point:
         raise TypeError(f"{what}: expected a floating dtype, got {values.dtype}")
@@ -161,12 +181,16 @@ def check(layout: BSRTensor, dense: Any, contracted: int, own: int, what: str) -
     wanted = layout.block_pattern.shape[own]
     if size != wanted:
         raise ValueError(
-            f"{what}: shapes {tuple(layout.shape)} (layout) and {tuple(dense.shape)} do not fit: {wanted} and {size} must be equal"
+            f"{what}: shapes {tuple(layout.shape)} (layout) and {tuple(dense.shape)} do not fit: "
+            f"{wanted} and {size} must be equal"
         )
 
 
-def autocast(layout: BSRTensor, *dense: Any) -> tuple[Any, ...]:
-    """The operands in autocast's dtype, where it is on: intercepted above the dispatcher, its own rule does not run."""
+def autocast(layout: Any, *dense: Any) -> tuple[Any, ...]:
+    """The operands in autocast's dtype, where it is on:
+
+    intercepted above the dispatcher, its own rule does not run.
+    """
     device = layout.block_pattern.device.type
     if not torch.is_autocast_enabled(device):
         return (layout, *dense)
@@ -219,7 +243,7 @@ def uses_of_dense_layout(input: Tensor, other: BSRTensor) -> list[Use]:
     """For `sl.explain`."""
     other, input = autocast(other, input)
     check(other, input, -1, -2, "matmul")
-    return _uses(other.mT, input)
+    return _uses(transpose_blocks(other, -2, -1), input)
 
 
 @route(torch.matmul, other=BSRTensor, uses=uses_of_dense_layout)
@@ -228,8 +252,8 @@ def dense_times_layout(input: Tensor, other: BSRTensor) -> Tensor:
     other, input = autocast(other, input)
     check(other, input, -1, -2, "matmul")
     if input.dim() == 1:
-        return product(other.mT, input[:, None])[..., 0]
-    return _from_the_right(input, other.mT)
+        return product(transpose_blocks(other, -2, -1), input[:, None])[..., 0]
+    return _from_the_right(input, transpose_blocks(other, -2, -1))
 
 
 def _from_the_right(x: Tensor, flipped: BSRTensor) -> Tensor:
@@ -261,7 +285,7 @@ def linear(input: Tensor, weight: BSRTensor, bias: Tensor | None = None) -> Tens
     if bias is None:
         return out
     if tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"linear: expected a bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+        raise ValueError(
+            f"linear: expected a bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}"
+        )
     return out + bias
-
-

@@ -9,7 +9,10 @@ from sparse_layouts.block_pattern import BlockPattern, entry_rows
 
 
 def densify(values: Tensor, pattern: BlockPattern) -> Tensor:
-    """The matrices (B, P, M, N) of `values` (B, S, bm, bn) on a pattern without a head map; differentiable."""
+    """The matrices (B, P, M, N) of `values` (B, S, bm, bn) on a pattern without a head map;
+
+    differentiable.
+    """
     p = pattern
     assert p.head_map is None, "values need lists of their own for every head: expand_heads"
     (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
@@ -28,11 +31,11 @@ def block_matmul(
 ) -> Tensor:
     """`out[b, p] = W[b, p] @ x[b, p]`, W the matrix of `values` on the p-th pattern.
 
-    Shapes: `values` (B or 1, S, bm, bn), x (B or 1, P, K, N), any strides (0 where expanded); out (B, P, M, N).
-    `transposed_output`: the storage of out is that of a contiguous (B, P, N, M).
+    Shapes: `values` (B or 1, S, bm, bn), x (B or 1, P, K, N), any strides (0 where expanded); out
+    (B, P, M, N). `transposed_output`: the storage of out is that of a contiguous (B, P, N, M).
 
-    `pattern` has no head map; `values` are 0 wherever the pattern stores nothing (inside partial blocks, over the edge).
-    Accumulates in fp32 (fp64 for fp64); out has x's dtype.
+    `pattern` has no head map; `values` are 0 wherever the pattern stores nothing (inside partial
+    blocks, over the edge). Accumulates in fp32 (fp64 for fp64); out has x's dtype.
     """
     w = densify(values, pattern)
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32

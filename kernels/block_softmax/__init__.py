@@ -1,13 +1,14 @@
-"""block_softmax: softmax and log_softmax of a block layout over the stored entries of each row, in the layout.
+"""block_softmax: softmax and log_softmax of a block layout over the stored entries of each row, in
+the layout.
 
-A missing score is -inf, not 0; a block that counts c times enters c times. Gradient: `out * (g - sum(g * out))`, for the logarithm
-`g - exp(out) * sum(g)`, over stored entries, in the layout.
+A missing score is -inf, not 0; a block that counts c times enters c times. Gradient: `out * (g -
+sum(g * out))`, for the logarithm `g - exp(out) * sum(g)`, over stored entries, in the layout.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +17,16 @@ from torch.autograd.function import once_differentiable
 from sparse_layouts import opaque
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.bsr_tensor import BSRTensor
-from sparse_layouts.dispatch import Facts, Use, current, facts_of, register_kernel, restored, route, run
+from sparse_layouts.dispatch import (
+    Facts,
+    Use,
+    current,
+    facts_of,
+    register_kernel,
+    restored,
+    route,
+    run,
+)
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.block_softmax import reference
 from sparse_layouts.layout_autograd import as_layout
@@ -87,10 +97,10 @@ class BlockSoftmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         (out,) = ctx.saved_tensors
-        grad = as_layout(grad, out)
+        gradient: BSRTensor = as_layout(grad, out)
         with restored(ctx.settings):
             dx = block_softmax_backward_op(
-                _flat(grad.inner_values), _flat(out.inner_values), out.block_pattern, ctx.log
+                _flat(gradient.inner_values), _flat(out.inner_values), out.block_pattern, ctx.log
             )
         return out.like_self(dx.view(out.inner_values.shape)), None
 
@@ -98,16 +108,21 @@ class BlockSoftmax(torch.autograd.Function):
 def _softmax(layout: BSRTensor, dim: int, dtype: torch.dtype | None, log: bool) -> Any:
     what = "log_softmax" if log else "softmax"
     if layout.is_mask:
-        raise TypeError(f"{what}: a mask layout has no values; scores come from sl.sddmm(q, k.mT, mask)")
+        raise TypeError(
+            f"{what}: a mask layout has no values; scores come from sl.sddmm(q, k.mT, mask)"
+        )
     if dim is None:
         raise TypeError(f"{what}: dim is needed, -1 for the softmax of each row")
     if not layout.dtype.is_floating_point and dtype is None:
         raise TypeError(f"{what}: expected a floating dtype, got {layout.dtype}")
     axis = dim % layout.dim()
     if axis < layout.dim() - 2:
-        raise ValueError(f"{what}: over the rows or columns of the matrix (dim -1 or -2), got {dim} of {layout.dim()}")
+        raise ValueError(
+            f"{what}: over the rows or columns of the matrix (dim -1 or -2), got {dim} of "
+            f"{layout.dim()}"
+        )
     if dtype is not None:
-        layout = layout.to(dtype)
+        layout = cast(BSRTensor, layout.to(dtype))
     if axis == layout.dim() - 2:
         return transpose_blocks(_softmax(transpose_blocks(layout, -2, -1), -1, None, log), -2, -1)
     if torch.is_grad_enabled() and layout.requires_grad:
@@ -115,11 +130,15 @@ def _softmax(layout: BSRTensor, dim: int, dtype: torch.dtype | None, log: bool) 
     return BlockSoftmax.forward(layout, log)
 
 
-def uses_of_softmax(input: BSRTensor, dim: int | None = None, dtype: torch.dtype | None = None) -> list[Use]:
+def uses_of_softmax(
+    input: BSRTensor, dim: int | None = None, dtype: torch.dtype | None = None
+) -> list[Use]:
     """For `sl.explain`."""
     values = input.inner_values
     if values is None:
-        raise TypeError("softmax: a mask layout has no values; scores come from sl.sddmm(q, k.mT, mask)")
+        raise TypeError(
+            "softmax: a mask layout has no values; scores come from sl.sddmm(q, k.mT, mask)"
+        )
     own = facts(values, input.block_size)._replace(dtype=dtype or values.dtype)
     uses = [Use("forward", OP, own)]
     if torch.is_grad_enabled() and input.requires_grad:
@@ -135,5 +154,8 @@ def softmax(input: BSRTensor, dim: int, dtype: torch.dtype | None = None) -> BSR
 
 @route(torch.log_softmax, input=BSRTensor, uses=uses_of_softmax)
 def log_softmax(input: BSRTensor, dim: int, dtype: torch.dtype | None = None) -> BSRTensor:
-    """`torch.log_softmax(w, -1)`: over each row's stored entries, in the layout; what is not stored stays 0."""
+    """`torch.log_softmax(w, -1)`:
+
+    over each row's stored entries, in the layout; what is not stored stays 0.
+    """
     return _softmax(input, dim, dtype, True)

@@ -11,10 +11,12 @@ from sparse_layouts.kernels.sddmm.reference import sample
 
 
 def block_softmax(values: Tensor, pattern: BlockPattern, *, log: bool = False) -> Tensor:
-    """`values` (B, S, bm, bn) -> softmax (or log_softmax) over each row's stored entries, same shape and slots.
+    """`values` (B, S, bm, bn) -> softmax (or log_softmax) over each row's stored entries, same
+    shape and slots.
 
-    An entry whose block counts c times enters as c equal entries: it gets c exp(x) / sum. What is not stored stays 0. Any strides in,
-    contiguous out. Computed in fp32 (fp64 for fp64). `pattern` has no head map.
+    An entry whose block counts c times enters as c equal entries: it gets c exp(x) / sum. What is
+    not stored stays 0. Any strides in, contiguous out. Computed in fp32 (fp64 for fp64). `pattern`
+    has no head map.
     """
     accumulate = torch.float64 if values.dtype == torch.float64 else torch.float32
     counts = dense_counts(pattern._replace(lead=(pattern.num_patterns,)))
@@ -32,7 +34,8 @@ def block_softmax_backward(
 ) -> Tensor:
     """The gradient to `values`, (B, S, bm, bn), from the gradient to `out` and `out` itself.
 
-    softmax: `out * (grad - sum(grad * out))`; log_softmax: `grad - exp(out) * sum(grad)`; sums over the row's stored entries.
+    softmax: `out * (grad - sum(grad * out))`; log_softmax: `grad - exp(out) * sum(grad)`; sums over
+    the row's stored entries.
     """
     accumulate = torch.float64 if grad.dtype == torch.float64 else torch.float32
     stored = dense_counts(pattern._replace(lead=(pattern.num_patterns,))) != 0

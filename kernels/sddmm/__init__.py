@@ -1,7 +1,8 @@
-"""sddmm: a dense product at the stored entries of a mask, `a @ b` sampled, in the mask's layout, with gradients to both.
+"""sddmm: a dense product at the stored entries of a mask, `a @ b` sampled, in the mask's layout,
+with gradients to both.
 
-The gradient of a block layout's values in a product, and the scores of explicit sparse attention. Gradients: `da = G @ b.mT`,
-`db = a.mT @ G`, G the gradient in the layout: block_matmul both times.
+The gradient of a block layout's values in a product, and the scores of explicit sparse attention.
+Gradients: `da = G @ b.mT`, `db = a.mT @ G`, G the gradient in the layout: block_matmul both times.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ from torch import Tensor
 from sparse_layouts import opaque
 from sparse_layouts.block_pattern import BlockPattern, expand_heads
 from sparse_layouts.bsr_tensor import BSRTensor
-from sparse_layouts.dispatch import Facts, Use, current, facts_of, register_kernel, restored, route, run
+from sparse_layouts.dispatch import (
+    Facts,
+    Use,
+    current,
+    facts_of,
+    register_kernel,
+    restored,
+    route,
+    run,
+)
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.sddmm import reference
 from sparse_layouts.layout_autograd import as_layout
@@ -46,7 +56,10 @@ sddmm_op = opaque.define(OP, "Tensor a, Tensor b, {pattern}", _launch, _shape)
 
 
 def sampled_product(a: Tensor, b: Tensor, mask: BSRTensor) -> BSRTensor:
-    """`a @ b` at the mask's entries, without autograd; the dimensions before the mask's own are the batch."""
+    """`a @ b` at the mask's entries, without autograd;
+
+    the dimensions before the mask's own are the batch.
+    """
     pattern = expand_heads(mask.block_pattern)
     outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     width = len(pattern.lead)
@@ -80,20 +93,23 @@ class SDDMM(torch.autograd.Function):
         from sparse_layouts.kernels.block_matmul import product
 
         a, b, output = ctx.saved_tensors
-        grad = as_layout(grad, output)
+        gradient: BSRTensor = as_layout(grad, output)
         da = db = None
         with restored(ctx.settings):
             if ctx.needs_input_grad[0]:
-                da = product(grad, b.mT).sum_to_size(a.shape)
+                da = product(gradient, b.mT).sum_to_size(a.shape)
             if ctx.needs_input_grad[1]:
-                db = product(transpose_blocks(grad, -2, -1), a, True).mT.sum_to_size(b.shape)
+                db = product(transpose_blocks(gradient, -2, -1), a, True).mT.sum_to_size(b.shape)
         return da, db, None
 
 
 def check(a: Any, b: Any, mask: Any) -> None:
     """Raises for operands that do not fit."""
     if not isinstance(mask, BSRTensor):
-        raise TypeError(f"sddmm: expected a block layout as the mask, got {type(mask).__name__}; sl.mask_from makes one")
+        raise TypeError(
+            f"sddmm: expected a block layout as the mask, got {type(mask).__name__}; "
+            f"sl.mask_from makes one"
+        )
     for name, t in (("a", a), ("b", b)):
         if not isinstance(t, Tensor) or isinstance(t, BSRTensor):
             raise TypeError(f"sddmm: {name} is a dense tensor, got {type(t).__name__}")
@@ -108,20 +124,25 @@ def check(a: Any, b: Any, mask: Any) -> None:
     m, n = mask.shape[-2:]
     if a.shape[-2] != m or b.shape[-1] != n or a.shape[-1] != b.shape[-2]:
         raise ValueError(
-            f"sddmm: expected a (..., {m}, K) and b (..., K, {n}) for a mask of {(m, n)}, got {tuple(a.shape)} and {tuple(b.shape)}"
+            f"sddmm: expected a (..., {m}, K) and b (..., K, {n}) for a mask of {(m, n)}, got "
+            f"{tuple(a.shape)} and {tuple(b.shape)}"
         )
     lead = mask.block_pattern.lead
     outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     whole = torch.broadcast_shapes(outer, lead)
     if lead and tuple(whole[len(whole) - len(lead) :]) != tuple(lead):
-        raise ValueError(f"sddmm: leading dimensions {tuple(outer)} do not fit the mask's {tuple(lead)}")
+        raise ValueError(
+            f"sddmm: leading dimensions {tuple(outer)} do not fit the mask's {tuple(lead)}"
+        )
 
 
 def sddmm(a: Tensor, b: Tensor, mask: BSRTensor) -> BSRTensor:
-    """The product `a @ b` at the entries that `mask` stores, in the mask's layout; differentiable in a and b.
+    """The product `a @ b` at the entries that `mask` stores, in the mask's layout; differentiable
+    in a and b.
 
-    a (*batch, *lead, M, K), b (*batch, *lead, K, N), broadcast against each other; mask (*lead, M, N), a mask or a layout with values, of
-    which only the pattern is used. Returns values (*batch, nnzb, bm, bn) in a's dtype. For scores pass `q, k.mT`.
+    a (*batch, *lead, M, K), b (*batch, *lead, K, N), broadcast against each other; mask (*lead, M,
+    N), a mask or a layout with values, of which only the pattern is used. Returns values (*batch,
+    nnzb, bm, bn) in a's dtype. For scores pass `q, k.mT`.
 
     Raises `TypeError` and `ValueError` for operands that do not fit.
 
@@ -132,7 +153,7 @@ def sddmm(a: Tensor, b: Tensor, mask: BSRTensor) -> BSRTensor:
     """
     if torch.compiler.is_dynamo_compiling():
         # a torch function stays one node of the graph; this one would be traced line by line
-        return torch.sparse.sampled_addmm(mask, a, b, beta=0)  # type: ignore[return-value]
+        return torch.sparse.sampled_addmm(mask, a, b, beta=0)
     return _sddmm(a, b, mask)
 
 
@@ -157,7 +178,8 @@ sddmm.__explain__ = uses_of_sddmm  # type: ignore[attr-defined]
 
 
 def sddmm_summed(a: Tensor, b: Tensor, layout: BSRTensor) -> BSRTensor:
-    """`a @ b` at the layout's entries, summed over the dimensions that the layout lacks or has with size 1.
+    """`a @ b` at the layout's entries, summed over the dimensions that the layout lacks or has with
+    size 1.
 
     Those are laid end to end along the contracted dimension: one product, and nothing to add.
     """
@@ -176,10 +198,12 @@ def sddmm_summed(a: Tensor, b: Tensor, layout: BSRTensor) -> BSRTensor:
 
 
 @route(torch.sparse.sampled_addmm, input=BSRTensor)
-def sampled_addmm(input: BSRTensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> BSRTensor:
+def sampled_addmm(
+    input: BSRTensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1.0, alpha: float = 1.0
+) -> BSRTensor:
     """`torch.sparse.sampled_addmm`: `beta * input + alpha * (mat1 @ mat2)` at input's entries."""
     out = _sddmm(mat1, mat2, input)
-    out = out if alpha == 1 else out * alpha
+    scaled: Any = out if alpha == 1 else out * alpha
     if beta == 0 or input.is_mask:
-        return out
-    return out + (input if beta == 1 else input * beta)
+        return scaled
+    return scaled + (input if beta == 1 else input * beta)

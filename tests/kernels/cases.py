@@ -55,6 +55,11 @@ class Call(NamedTuple):
         return [value for value in flat if isinstance(value, Tensor)]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The operands' dtype."""
+        return next(t.dtype for t in self.tensors if t.is_floating_point())
+
+    @property
     def pattern(self) -> BlockPattern:
         """The call's pattern."""
         return next(value for value in self.args if isinstance(value, BlockPattern))
@@ -435,7 +440,7 @@ class AttentionCase:
                 base, slots = pattern.crow_indices[:, 0].long()[head_map.long()], pattern.num_blocks
             else:
                 base, slots = own_slots(pattern, head_map)
-                samples = self.batch if head_map.shape[0] == 1 else 1
+                samples = max(self.batch, 1) if head_map.shape[0] == 1 else 1
             kwargs["bias"] = make.normal(samples, slots, *pattern.block_size)
             kwargs["bias_base"] = base
         return Call((q, k, v, pattern, head_map), kwargs), make
@@ -527,7 +532,8 @@ ATTENTION_CASES = [
         small=True,
     ),
     AttentionCase("all_stored", Stored((96, 64), (32, 32), blocks="all"), how=("offset",) * 4),
-    AttentionCase("batch_0", CAUSAL_50, batch=0, bias="own", small=True),
+    AttentionCase("batch_0", CAUSAL_50, batch=0, small=True),
+    AttentionCase("batch_0_bias", CAUSAL_50, batch=0, bias="own"),
     AttentionCase("scale", Stored((64, 64), (32, 32)), scale=0.7, head_dim=16),
     AttentionCase("large_scores", Stored((64, 130), (32, 64)), factor=12.0, head_dim=64),
     AttentionCase(

@@ -1,0 +1,227 @@
+"""`python -m benchmarks --out build/bench`: measures, prints a table, writes it as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import cpu, gpu
+from benchmarks.timing import Row, selected
+from sparse_layouts import info
+
+PROGRAM = "python -m benchmarks"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    own = argparse.ArgumentParser(
+        prog=PROGRAM, description="Block layouts against dense torch and the best rivals."
+    )
+    own.add_argument(
+        "--out",
+        type=Path,
+        help="a folder for benchmarks.json and benchmarks.txt; nothing is written without",
+    )
+    own.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="rows whose name contains NAME; repeatable",
+    )
+    own.add_argument(
+        "--device",
+        choices=("all", "cpu", "cuda"),
+        default="all",
+        help="all: the CPU, and a GPU if there is one",
+    )
+    own.add_argument(
+        "--threads", type=int, default=2, help="torch's threads on the CPU (the bars are for 2)"
+    )
+    own.add_argument(
+        "--minutes",
+        type=float,
+        default=9.0,
+        help="start no GPU row after this long (default: %(default)s)",
+    )
+    own.add_argument(
+        "--quick",
+        action="store_true",
+        help="small sizes, few repeats, no bars: whether it runs at all",
+    )
+    own.add_argument("--list", action="store_true", help="print the rows' names and leave")
+    return own
+
+
+def commit() -> str | None:
+    """The commit of the checkout, with "+" if something is changed; None without git."""
+    try:
+        root = Path(__file__).resolve().parent.parent
+        ask = ["git", "-C", str(root)]
+        head = subprocess.run(
+            [*ask, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changes = subprocess.run(
+            [*ask, "status", "--porcelain"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def environment() -> dict[str, Any]:
+    """Where and on what the numbers were measured."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": info.versions(),
+        "devices": info.devices(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def busy(where: dict[str, Any]) -> str:
+    """A warning if other programs use the cores, else ""."""
+    load = where["load_average"]
+    if load is None or load[0] < 0.5:
+        return ""
+    cores = info.cores()
+    return f"load average {load[0]:.1f} on {cores} cores at the start: other programs may disturb the times"
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+HEAD = ("row", "density", "time", "spread", "GFLOP/s", "error / dense's", "against", "bar", "holds")
+
+
+def in_unit(seconds: float) -> str:
+    """ "12.3 ms"."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def cells(row: Row) -> list[str]:
+    """A row as text."""
+    if row.wrong:
+        return [row.name, "", "", "", "", "", f"WRONG: {row.wrong}", "", "no"]
+    if row.timing is None:
+        return [row.name, "", "", "", "", "", "; ".join(row.notes), "", ""]
+    against = [f"{row.ratios[n]:.2f}x {n} ({in_unit(t.median_s)})" for n, t in row.rivals.items()]
+    if row.unit != "x":
+        against = [
+            f"{row.measured:.3g} {row.unit}" + (f" over {n}" if row.rivals else "")
+            for n in row.rivals or [""]
+        ]
+    if row.ceiling_flops and row.flops:
+        against.append(f"{row.flops / row.ceiling_flops:.0%} of dense cuBLAS's FLOP/s")
+    error = "" if row.error is None else f"{row.error:.1e} / {row.dense_error:.1e}"
+    bar = ""
+    if row.bar is not None:
+        bar = f">= {row.bar:g}x" if row.unit == "x" else f"<= {row.bar:g} {row.unit}"
+    return [
+        row.name,
+        "" if row.density is None else f"{row.density:.1%}",
+        in_unit(row.timing.median_s),
+        f"{row.timing.spread:.0%}",
+        "" if row.flops is None else f"{row.flops / 1e9:,.0f}",
+        error,
+        "\n".join(against),
+        bar,
+        {None: "", True: "yes", False: "no"}[row.holds],
+    ]
+
+
+def print_table(rows: Sequence[Row], file: Any = None, width: int | None = None) -> None:
+    """The rows, then their notes."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(file=file, width=width, highlight=False)
+    table = Table(show_lines=False, padding=(0, 1))
+    for i, name in enumerate(HEAD):
+        table.add_column(name, justify="right" if 0 < i < 5 else "left")
+    for row in rows:
+        colour = {None: "", True: "[green]", False: "[red]"}[False if row.wrong else row.holds]
+        *rest, last = cells(row)
+        table.add_row(*map(escape, rest), colour + escape(last))
+    console.print(table)
+    for row in rows:
+        for note in row.notes if row.timing is not None else []:
+            console.print(f"  {escape(row.name)}: {escape(note)}", soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures; returns 0, 1 if a result was wrong (a bar that does not hold is a finding, not a failure), 2 for a wrong command line."""
+    own = parser()
+    options = own.parse_args(arguments)
+    if options.threads < 1:
+        own.error(f"--threads: at least 1, got {options.threads}")
+    try:
+        import rich  # noqa: F401
+    except ModuleNotFoundError:
+        print(
+            f"{PROGRAM}: needs the package rich: pip install 'sparse_layouts[cli]'", file=sys.stderr
+        )
+        return 1
+    with_gpu = torch.cuda.is_available() and options.device != "cpu"
+    if options.device == "cuda" and not with_gpu:
+        print(f"{PROGRAM}: --device cuda: torch sees no CUDA device", file=sys.stderr)
+        return 1
+    with_cpu = options.device != "cuda"
+    known = (cpu.NAMES if with_cpu else []) + (gpu.names(options.quick) if with_gpu else [])
+    if options.list:
+        print("\n".join(known))
+        return 0
+    if not selected(known, options.only):
+        own.error(f"no row contains {' or '.join(map(repr, options.only))}; --list names them")
+    if options.out is not None:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"{PROGRAM}: --out {options.out}: {error.strerror}", file=sys.stderr)
+            return 1
+    torch.set_num_threads(options.threads)
+    where, begin = environment(), time.monotonic()
+    if busy(where):
+        print(busy(where), file=sys.stderr)
+
+    def tell(stage: str) -> None:
+        print(f"{time.monotonic() - begin:6.1f} s  {stage}", file=sys.stderr, flush=True)
+
+    rows: list[Row] = []
+    if with_gpu:
+        rows += gpu.run(options.only, options.quick, tell, begin + 60 * options.minutes)
+    if with_cpu:
+        rows += cpu.run(options.only, options.quick, tell)
+    print_table(rows)
+    if options.out is not None:
+        content = {
+            **where,
+            "threads": options.threads,
+            "quick": options.quick,
+            "rows": [r.as_json() for r in rows],
+        }
+        (options.out / "benchmarks.json").write_text(
+            json.dumps(content, indent=2) + "\n", encoding="utf-8"
+        )
+        with (options.out / "benchmarks.txt").open("w", encoding="utf-8") as file:
+            print_table(rows, file, 160)
+        print(f"written: {options.out / 'benchmarks.json'} and benchmarks.txt")
+    return 1 if any(row.wrong for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

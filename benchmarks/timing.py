@@ -1,0 +1,131 @@
+"""A row of a benchmark, its bar, and how its times become one: interleaved medians, with the spread."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sparse_layouts.measuring import Timing, interleaved
+
+# A kernel may err at most this many times what dense torch errs in the same dtype, plus a few eps.
+TIMES_DENSE, MORE_EPS = 2.0, 4.0
+
+
+class WrongResult(Exception):
+    """A computation differs from its float64 reference by more than its dtype explains: its time is not measured."""
+
+
+@dataclasses.dataclass
+class Row:
+    """One measured line.
+
+    `measured` and `bar` are in `unit`: "x" a ratio to the first rival (at least the bar), a unit of time (at most the bar). `rivals` holds
+    their times and `ratios` how many times faster this is. `flop` counts the stored part of the work.
+    """
+
+    name: str
+    device: str
+    unit: str = "x"
+    density: float | None = None
+    timing: Timing | None = None
+    rivals: dict[str, Timing] = dataclasses.field(default_factory=dict)
+    flop: float | None = None
+    measured: float | None = None
+    bar: float | None = None
+    error: float | None = None
+    dense_error: float | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+    ceiling_flops: float | None = None
+    wrong: str = ""
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Rival -> how many times faster this row is."""
+        if self.timing is None:
+            return {}
+        return {name: t.median_s / self.timing.median_s for name, t in self.rivals.items()}
+
+    @property
+    def flops(self) -> float | None:
+        """Floating point operations a second, of the stored part."""
+        if self.timing is None or self.flop is None:
+            return None
+        return self.flop / self.timing.median_s
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the bar holds; None without a bar or a measurement."""
+        if self.bar is None or self.measured is None:
+            return None
+        return self.measured >= self.bar if self.unit == "x" else self.measured <= self.bar
+
+    def as_json(self) -> dict[str, Any]:
+        """The row with what follows from it."""
+        out = dataclasses.asdict(self)
+        out["timing"] = (
+            None if self.timing is None else {**self.timing._asdict(), "spread": self.timing.spread}
+        )
+        out["rivals"] = {n: {**t._asdict(), "spread": t.spread} for n, t in self.rivals.items()}
+        out |= {"ratios": self.ratios, "flops": self.flops, "holds": self.holds}
+        return out
+
+
+def check_error(what: str, error: float, dense_error: float, dtype: torch.dtype) -> None:
+    """Raises :class:`WrongResult` for an error that is more than twice dense torch's and a few eps, or is NaN."""
+    limit = TIMES_DENSE * dense_error + MORE_EPS * torch.finfo(dtype).eps
+    if not error <= limit:
+        raise WrongResult(
+            f"{what}: relative error {error:.2e} against float64; dense torch in {dtype} has {dense_error:.2e}, "
+            f"so at most {limit:.2e} is right"
+        )
+
+
+def guarded(name: str, device: str, measure: Callable[..., list[Row]], *args: Any) -> list[Row]:
+    """`measure(*args)`, or a row that says what was wrong: the others are still worth measuring."""
+    try:
+        return measure(*args)
+    except WrongResult as error:
+        return [Row(name, device, wrong=str(error))]
+
+
+def per_call(function: Callable[[], Any], calls: int) -> Callable[[], None]:
+    """A variant of `calls` calls, for what takes microseconds."""
+
+    def run() -> None:
+        for _ in range(calls):
+            function()
+
+    return run
+
+
+def microseconds(
+    variants: Mapping[str, Callable[[], Any]], *, calls: int, repeats: int
+) -> dict[str, Timing]:
+    """The time of one call of each variant, measured `calls` at a time, in turns."""
+    each = interleaved({n: per_call(f, calls) for n, f in variants.items()}, repeats=repeats)
+    return {
+        name: Timing(t.median_s / calls, t.low_s / calls, t.high_s / calls, t.repeats)
+        for name, t in each.items()
+    }
+
+
+def gpu_times(
+    variants: Mapping[str, Callable[[], Any]], *, rounds: int, rep_ms: int, warmup_ms: int = 10
+) -> dict[str, Timing]:
+    """Triton's `do_bench` medians (cold L2), a few rounds over all variants in turns."""
+    from triton.testing import do_bench
+
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            ms = do_bench(run, warmup=warmup_ms, rep=rep_ms, return_mode="median")
+            seconds[name].append(ms / 1e3)
+    return {name: Timing.of(each) for name, each in seconds.items()}
+
+
+def selected(names: Sequence[str], only: Sequence[str]) -> list[str]:
+    """Those of `names` that contain one of the `only`; all without any."""
+    return [n for n in names if not only or any(part in n for part in only)]

@@ -1,0 +1,176 @@
+"""Every Triton kernel compiles without a GPU, in every configuration, and fits the machine.
+
+`make test` compiles one configuration of each `@triton.jit` function that is launched (marker `aot`), `make test-aot` the
+others (`aot_all`), under two versions of Triton.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from sparse_layouts.dispatch.kernel_table import KERNELS
+from sparse_layouts.kernels.ahead_of_time import Compilation
+from tests.conftest import HAS_TRITON, INTERPRETED
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "kernels"
+# what kernels of several files share, and never launch themselves
+SHARED = "triton_common"
+CAPABILITIES = (80, 90, 100)
+FIRST_CAPABILITIES = (80, 90)
+# of one program: NVIDIA's CUDA programming guide, technical specifications by compute capability
+SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton, which is for Linux only")
+
+
+def module_names() -> list[str]:
+    """Import names of all files with Triton kernels."""
+    files = sorted(file for file in FOLDER.rglob("triton_*.py") if file.stem != SHARED)
+    return [
+        ".".join(("sparse_layouts.kernels", *file.relative_to(FOLDER).with_suffix("").parts))
+        for file in files
+    ]
+
+
+@functools.cache
+def compilations_of(name: str) -> tuple[Compilation, ...]:
+    """A module's configurations, the most used one first; none where it lists none."""
+    listed = getattr(importlib.import_module(name), "compilations", None)
+    return tuple(listed()) if listed is not None else ()
+
+
+def every_compilation(first: bool) -> list[Any]:
+    """(configuration, capability): with `first`, the first of each function that the capability admits, else the others."""
+    if not HAS_TRITON or INTERPRETED:
+        return []
+    params = []
+    for name in module_names():
+        for capability in CAPABILITIES:
+            seen = set()
+            for compilation in compilations_of(name):
+                if capability < compilation.min_capability:
+                    continue
+                is_first = compilation.kernel not in seen and capability in FIRST_CAPABILITIES
+                seen.add(compilation.kernel)
+                if is_first == first:
+                    label = f"{name.rpartition('.')[2]}-{compilation.name}-sm{capability}"
+                    params.append(pytest.param(compilation, capability, id=label))
+    return params
+
+
+def compile_and_check(compilation: Compilation, capability: int) -> str:
+    """The PTX of a configuration; AssertionError where a program takes more shared memory than it can have."""
+    compiled = compilation.compile(capability)
+    taken, there = compiled.metadata.shared, SHARED_MEMORY_BYTES[capability]
+    assert taken <= there, f"{compilation.name}: {taken} bytes of shared memory, of {there}"
+    return compiled.asm["ptx"]
+
+
+def check_tensor_cores(compilation: Compilation, ptx: str) -> None:
+    """On Hopper 16-bit products go through wgmma: `mma.sync` reaches little more than half of its speed."""
+    is_16_bit = any(kind in ("*bf16", "*fp16") for kind in compilation.signature.values())
+    by_warp = "mma.sync" in ptx
+    assert not (is_16_bit and by_warp), f"{compilation.name}: products by warp, not by warpgroup"
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("compilation", "capability"), every_compilation(first=True))
+def test_first_configuration_compiles(compilation: Compilation, capability: int) -> None:
+    ptx = compile_and_check(compilation, capability)
+    if capability == 90:
+        check_tensor_cores(compilation, ptx)
+
+
+@pytest.mark.aot_all
+@pytest.mark.parametrize(("compilation", "capability"), every_compilation(first=False))
+def test_configuration_compiles(compilation: Compilation, capability: int) -> None:
+    compile_and_check(compilation, capability)
+
+
+# --- nothing is left out ----------------------------------------------------------------------------------------------
+
+
+def launched_kernels(module: ModuleType) -> set[str]:
+    """Names that the module's code launches: `name[grid](...)`, where `name` is a jit function of the module."""
+    tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    names = {f.value.id for f in calls if isinstance(f, ast.Subscript) and isinstance(f.value, ast.Name)}
+    return {name for name in names if hasattr(getattr(module, name, None), "arg_names")}
+
+
+@needs_triton
+@pytest.mark.parametrize("name", module_names())
+def test_every_launched_kernel_lists_configurations(name: str) -> None:
+    module = importlib.import_module(name)
+    assert hasattr(module, "compilations"), f"{name} has no compilations(): nothing would compile it"
+    listed = {compilation.kernel.__name__ for compilation in compilations_of(name)}
+    launched = launched_kernels(module)
+    assert launched, f"{name} launches no kernel; shared code belongs into {SHARED}.py"
+    assert launched <= listed, f"{name} launches {launched - listed}, which it does not list"
+
+
+@needs_triton
+@pytest.mark.parametrize("name", module_names())
+def test_names_of_configurations_differ(name: str) -> None:
+    names = [compilation.name for compilation in compilations_of(name)]
+    assert len(names) == len(set(names)), [n for n in names if names.count(n) > 1]
+
+
+@needs_triton
+@pytest.mark.parametrize("name", module_names())
+def test_configurations_name_every_argument(name: str) -> None:
+    for compilation in compilations_of(name):
+        assert list(compilation.signature) == list(compilation.kernel.arg_names), compilation.name
+        constant = {n for n, kind in compilation.signature.items() if kind == "constexpr"}
+        assert constant == set(compilation.constexprs), compilation.name
+        assert compilation.min_capability in CAPABILITIES, compilation.name
+
+
+def test_every_triton_row_is_compiled() -> None:
+    modules = {row.source.partition(":")[0] for of_op in KERNELS.rows.values() for row in of_op}
+    triton_modules = {name for name in modules if name.rpartition(".")[2].startswith("triton_")}
+    assert triton_modules
+    assert triton_modules <= set(module_names())
+
+
+# --- the check can fail -----------------------------------------------------------------------------------------------
+
+
+def squared(size: int, kind: str = "*bf16") -> Compilation:
+    """A product of small_kernels, sizes as wanted."""
+    from tests.kernels.small_kernels import product
+
+    signature = {"x_ptr": kind, "steps": "i32", "N": "constexpr"}
+    return Compilation("squared", product, signature, {"N": size}, {"num_warps": 4, "num_stages": 4})
+
+
+@pytest.mark.aot
+def test_a_broken_kernel_is_red() -> None:
+    from triton.compiler.errors import CompilationError
+
+    from tests.kernels.small_kernels import does_not_compile
+
+    signature = {"x_ptr": "*bf16", "N": "constexpr"}
+    broken = Compilation("broken", does_not_compile, signature, {"N": 32}, {})
+    with pytest.raises(CompilationError):
+        compile_and_check(broken, 90)
+
+
+@pytest.mark.aot
+def test_too_much_shared_memory_is_red() -> None:
+    assert "wgmma.mma_async" in compile_and_check(squared(64), 90)
+    with pytest.raises(AssertionError, match="bytes of shared memory"):
+        compile_and_check(squared(256), 80)
+
+
+@pytest.mark.aot
+def test_products_by_warp_are_red() -> None:
+    small = squared(32)  # fewer than the 64 rows that a warpgroup multiplies
+    with pytest.raises(AssertionError, match="by warp"):
+        check_tensor_cores(small, compile_and_check(small, 90))
