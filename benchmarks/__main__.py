@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -96,12 +96,12 @@ def busy(where: dict[str, Any]) -> str:
     if load is None or load[0] < 0.5:
         return ""
     cores = info.cores()
-    return f"load average {load[0]:.1f} on {cores} cores at the start: other programs may disturb the times"
+    return f"load average {load[0]:.1f} on {cores} cores: other programs may disturb the times"
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
-HEAD = ("row", "density", "time", "spread", "GFLOP/s", "error / dense's", "against", "bar", "holds")
+HEAD = ("row", "density", "time", "GFLOP/s", "against", "bar", "holds")
 
 
 def in_unit(seconds: float) -> str:
@@ -115,56 +115,65 @@ def in_unit(seconds: float) -> str:
 def cells(row: Row) -> list[str]:
     """A row as text."""
     if row.wrong:
-        return [row.name, "", "", "", "", "", f"WRONG: {row.wrong}", "", "no"]
+        return [row.name, "", "", "", f"WRONG: {row.wrong}", "", "no"]
     if row.timing is None:
-        return [row.name, "", "", "", "", "", "; ".join(row.notes), "", ""]
-    against = [f"{row.ratios[n]:.2f}x {n} ({in_unit(t.median_s)})" for n, t in row.rivals.items()]
-    if row.unit != "x":
-        against = [
-            f"{row.measured:.3g} {row.unit}" + (f" over {n}" if row.rivals else "")
-            for n in row.rivals or [""]
-        ]
+        return [row.name, "", "", "", "; ".join(row.notes), "", ""]
+    if row.unit == "x":
+        ratios = row.ratios.items()
+        against = [f"{r:.2f}x {name}, {in_unit(row.rivals[name].median_s)}" for name, r in ratios]
+    else:
+        against = [f"{row.measured:.3g} {row.unit}", *(f"over the {name}" for name in row.rivals)]
     if row.ceiling_flops and row.flops:
-        against.append(f"{row.flops / row.ceiling_flops:.0%} of dense cuBLAS's FLOP/s")
-    error = "" if row.error is None else f"{row.error:.1e} / {row.dense_error:.1e}"
+        against.append(f"{row.flops / row.ceiling_flops:.0%} of cuBLAS's FLOP/s")
     bar = ""
     if row.bar is not None:
         bar = f">= {row.bar:g}x" if row.unit == "x" else f"<= {row.bar:g} {row.unit}"
     return [
         row.name,
         "" if row.density is None else f"{row.density:.1%}",
-        in_unit(row.timing.median_s),
-        f"{row.timing.spread:.0%}",
+        f"{in_unit(row.timing.median_s)} ±{row.timing.spread / 2:.0%}",
         "" if row.flops is None else f"{row.flops / 1e9:,.0f}",
-        error,
-        "\n".join(against),
+        "\n".join(against) if len(against) > 2 else " ".join(against),
         bar,
         {None: "", True: "yes", False: "no"}[row.holds],
     ]
 
 
-def print_table(rows: Sequence[Row], file: Any = None, width: int | None = None) -> None:
+def print_table(rows: Sequence[Row], file: TextIO | None = None, width: int | None = None) -> None:
     """The rows, then their notes."""
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console(file=file, width=width, highlight=False)
-    table = Table(show_lines=False, padding=(0, 1))
-    for i, name in enumerate(HEAD):
-        table.add_column(name, justify="right" if 0 < i < 5 else "left")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in HEAD:
+        right = name in ("density", "time", "GFLOP/s", "bar")
+        table.add_column(name, justify="right" if right else "left", no_wrap=name != "against")
     for row in rows:
-        colour = {None: "", True: "[green]", False: "[red]"}[False if row.wrong else row.holds]
-        *rest, last = cells(row)
-        table.add_row(*map(escape, rest), colour + escape(last))
+        bad = bool(row.wrong) or row.holds is False
+        colour = "[red]" if bad else "[green]"
+        *rest, last = map(escape, cells(row))
+        table.add_row(*rest, colour + last)
     console.print(table)
-    for row in rows:
-        for note in row.notes if row.timing is not None else []:
+    shown = [row for row in rows if row.timing is not None]
+    for row in shown:
+        for note in row.notes:
             console.print(f"  {escape(row.name)}: {escape(note)}", soft_wrap=True)
+    times = [row.error / row.dense_error for row in shown if row.error and row.dense_error]
+    if times:
+        console.print(
+            f"Errors against float64 are at most {max(times):.2g} times those of dense torch in the "
+            "same dtype (2 and a few eps are allowed). ± is half the distance between quartiles.",
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures; returns 0, 1 if a result was wrong (a bar that does not hold is a finding, not a failure), 2 for a wrong command line."""
+    """Measures; returns 0, 1 if a result was wrong, 2 for a wrong command line.
+
+    A bar that does not hold is a finding, not a failure.
+    """
     own = parser()
     options = own.parse_args(arguments)
     if options.threads < 1:

@@ -1,7 +1,8 @@
-"""Block layouts on the CPU against dense torch: attention, matmul, what a call costs, building a pattern.
+"""Block layouts on the CPU against dense torch: attention, matmul, call overhead, building.
 
-Sizes and bars are those of the project's goals. Every result is compared with float64 first. Dense attention is
-`scaled_dot_product_attention(is_causal=True)` without a mask, dense matmul is `torch.matmul`.
+Sizes and bars are those of the project's goals. Every result is compared with float64 first. Dense
+attention is `scaled_dot_product_attention(is_causal=True)` without a mask, dense matmul is
+`torch.matmul`.
 """
 
 from __future__ import annotations
@@ -49,23 +50,23 @@ class AttentionCase(NamedTuple):
 
 
 ATTENTION = [
-    AttentionCase("attention forward float32 block 64", 64, torch.float32, False, 2.7),
-    AttentionCase("attention forward float32 block 16", 16, torch.float32, False, 1.2),
-    AttentionCase("attention forward float32 block 32", 32, torch.float32, False, 2.4),
-    AttentionCase("attention forward float32 block 128", 128, torch.float32, False, 3.3),
-    AttentionCase("attention forward bfloat16 block 64", 64, torch.bfloat16, False, 3.8),
-    AttentionCase("attention forward+backward float32 block 64", 64, torch.float32, True, 2.2),
+    AttentionCase("attention fp32 block 64", 64, torch.float32, False, 2.7),
+    AttentionCase("attention fp32 block 16", 16, torch.float32, False, 1.2),
+    AttentionCase("attention fp32 block 32", 32, torch.float32, False, 2.4),
+    AttentionCase("attention fp32 block 128", 128, torch.float32, False, 3.3),
+    AttentionCase("attention bf16 block 64", 64, torch.bfloat16, False, 3.8),
+    AttentionCase("attention+gradients fp32 block 64", 64, torch.float32, True, 2.2),
 ]
 MATMUL = [
-    ("matmul float32 block 64 10%", torch.float32, 4.5),
-    ("matmul bfloat16 block 64 10%", torch.bfloat16, 3.5),
+    ("matmul fp32 block 64", torch.float32, 4.5),
+    ("matmul bf16 block 64", torch.bfloat16, 3.5),
 ]
 OVERHEAD = {
-    "call overhead without grad": 60.0,
-    "call overhead with grad": 100.0,
+    "call without grad": 60.0,
+    "call with grad": 100.0,
     "explain": 1000.0,
 }
-BUILD = "build local_stride 131072, 32 heads"
+BUILD = "build local_stride 131072"
 BUILD_BAR_MS = 200.0
 NAMES = [*(c.name for c in ATTENTION), *(n for n, _, _ in MATMUL), *OVERHEAD, BUILD]
 
@@ -80,7 +81,7 @@ def local_stride_rows(
     heads: Sequence[int],
     step: int,
 ) -> Tensor:
-    """Rows start..stop of the dense mask (heads, rows, N), by the pattern's formula and nothing of the library."""
+    """Rows start..stop of the dense mask (heads, rows, N), by the pattern's formula alone."""
     i, j = torch.arange(start, stop)[:, None], torch.arange(seq_len)[None]
     own = [
         (j <= i) & ((i // block - j // block < local) | ((j // block + h * step) % stride == 0))
@@ -199,7 +200,7 @@ def matmul(
 
 
 def overhead(effort: Effort, tell: Callable[[str], None]) -> list[Row]:
-    """What `torch.matmul` on a tiny layout costs over calling the chosen kernel's launcher, and what `explain` costs."""
+    """What `torch.matmul` on a tiny layout costs over its kernel's launcher, and `explain`."""
     draw = torch.Generator().manual_seed(0)
     blocks = torch.zeros(16)
     blocks[torch.randperm(16, generator=draw)[:8]] = 1
@@ -235,8 +236,8 @@ def overhead(effort: Effort, tell: Callable[[str], None]) -> list[Row]:
     times = microseconds(
         {
             "launcher": launch,
-            "call overhead without grad": lambda: torch.matmul(w, x),
-            "call overhead with grad": lambda: torch.matmul(w_grad, x_grad),
+            "call without grad": lambda: torch.matmul(w, x),
+            "call with grad": lambda: torch.matmul(w_grad, x_grad),
             "explain": lambda: sl.explain(torch.matmul, w, x),
         },
         calls=effort.calls,
@@ -249,7 +250,7 @@ def overhead(effort: Effort, tell: Callable[[str], None]) -> list[Row]:
         if name != "explain":
             row.rivals = {"launcher": times["launcher"]}
             row.measured -= times["launcher"].median_s * 1e6
-            row.notes.append("a call less the launcher's time")
+            row.notes.append("the call less what calling the kernel's launcher takes")
         rows.append(row)
     return rows
 

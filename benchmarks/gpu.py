@@ -1,7 +1,8 @@
-"""Block layouts on a CUDA device against cuDNN, cuBLAS, FlexAttention, torch.sparse and, where it is installed, dkernel.
+"""Block layouts on a CUDA device against cuDNN, cuBLAS, FlexAttention, torch.sparse, dkernel.
 
-Attention is causal local-stride in bf16; TFLOP/s are effective: 4 * D a stored pair forward, 2.5 times that backward. Backward is
-`torch.autograd.grad` on a retained graph. Ratios within one run are what can be compared.
+Attention is causal local-stride in bf16; TFLOP/s are effective: 4 * D a stored pair forward, 2.5
+times that backward. Backward is `torch.autograd.grad` on a retained graph. Ratios within one run
+are what can be compared.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ class AttentionCase(NamedTuple):
 
 
 ATTENTION = [
-    AttentionCase("A1 B2 H32 N8192 D128 block 64", 2, 32, 8192, 128, 64, 16, 8),
-    AttentionCase("A2 B2 H32 N8192 D128 block 128", 2, 32, 8192, 128, 128, 8, 8),
-    AttentionCase("A3 B1 H32 N32768 D128 block 64", 1, 32, 32768, 128, 64, 16, 16),
-    AttentionCase("A4 B4 H16 N4096 D64 block 64", 4, 16, 4096, 64, 64, 8, 8),
+    AttentionCase("A1", 2, 32, 8192, 128, 64, 16, 8),
+    AttentionCase("A2", 2, 32, 8192, 128, 128, 8, 8),
+    AttentionCase("A3", 1, 32, 32768, 128, 64, 16, 16),
+    AttentionCase("A4", 4, 16, 4096, 64, 64, 8, 8),
 ]
-QUICK_ATTENTION = [AttentionCase("A0 B1 H4 N1024 D64 block 64", 1, 4, 1024, 64, 64, 4, 8)]
+QUICK_ATTENTION = [AttentionCase("A0", 1, 4, 1024, 64, 64, 4, 8)]
 MATMUL_BLOCKS = (16, 32, 64, 128)
 MATMUL_DENSITY = 0.25
 
@@ -61,7 +62,7 @@ QUICK = Effort(1, 5, 512)
 
 def matmul_name(block: int) -> str:
     """The row's name."""
-    return f"matmul 4096^3 bfloat16 block {block} 25%"
+    return f"matmul 25% block {block}"
 
 
 def names(quick: bool) -> list[str]:
@@ -74,7 +75,10 @@ def names(quick: bool) -> list[str]:
 def run(
     only: Sequence[str], quick: bool, tell: Callable[[str], None], deadline: float = float("inf")
 ) -> list[Row]:
-    """The rows whose names contain one of `only`. Past `deadline` (of `time.monotonic`) the rest is left out, which rows say."""
+    """The rows whose names contain one of `only`.
+
+    Past `deadline` (of `time.monotonic`) the rest is left out, and its rows say so.
+    """
     effort = QUICK if quick else Effort()
     wanted = selected(names(quick), only)
     rows: list[Row] = []
@@ -101,14 +105,14 @@ def run(
 
 
 def cublas_flops(effort: Effort) -> float:
-    """FLOP/s of a dense bf16 product of this size on this device, now: the ceiling that rows are compared with."""
+    """FLOP/s of a dense bf16 product on this device, now: the ceiling that rows are held to."""
     n = effort.matrix
     a, b = (torch.randn(n, n, device="cuda", dtype=DTYPE) for _ in range(2))
     times = gpu_times({"cublas": lambda: a @ b}, rounds=1, rep_ms=effort.rep_ms)
     return 2.0 * n**3 / times["cublas"].median_s
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 def stored_rows(case: AttentionCase, head: int, start: int, stop: int) -> Tensor:
@@ -123,7 +127,10 @@ def stored_rows(case: AttentionCase, head: int, start: int, stop: int) -> Tensor
 def check_attention(
     case: AttentionCase, found: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor, dout: Tensor
 ) -> tuple[float, float]:
-    """The largest relative error over `found` (out, dq, dk, dv) of two heads, and dense torch's there. Raises if it is too large."""
+    """The largest error of `found` (out, dq, dk, dv) in two heads, and dense torch's there.
+
+    Raises :class:`WrongResult` if it is too large.
+    """
     worst, worst_dense = 0.0, 0.0
     for b, h in ((0, 0), (case.batch - 1, case.heads - 1)):
         one = (slice(b, b + 1), slice(h, h + 1))
@@ -207,7 +214,10 @@ def attention(
         num_heads=case.heads,
         device="cuda",
     )
-    notes: list[str] = []
+    notes = [
+        f"B {case.batch}, H {case.heads}, N {case.seq_len}, D {case.head_dim}, "
+        f"block {case.block}, local {case.local}, stride {case.stride}"
+    ]
     tell(f"{case.name}: comparing with float64")
     attend: dict[str, Callable[..., Tensor]] = {
         OURS: lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -271,8 +281,8 @@ def attention(
 def attempt(function: Callable[[], Any]) -> tuple[str, Any]:
     """`("", result)`, or why it did not work and None.
 
-    For rivals alone: they fail in ways of their own (compilers, out of memory, assertions), and a rival that does not run is a
-    result, not an error.
+    For rivals alone: they fail in ways of their own (compilers, out of memory, assertions), and a
+    rival that does not run is a result, not an error.
     """
     try:
         return "", function()
@@ -315,7 +325,7 @@ def backward_of(
     return run
 
 
-# --- matmul -----------------------------------------------------------------------------------------------------------
+# --- matmul ---------------------------------------------------------------------------------------
 
 
 def matmul(block: int, effort: Effort, ceiling: float, tell: Callable[[str], None]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""A row of a benchmark, its bar, and how its times become one: interleaved medians, with the spread."""
+"""A row of a benchmark, its bar, and its times: interleaved medians, with the spread."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ TIMES_DENSE, MORE_EPS = 2.0, 4.0
 
 
 class WrongResult(Exception):
-    """A computation differs from its float64 reference by more than its dtype explains: its time is not measured."""
+    """A result differs from float64 by more than its dtype explains: its time is not measured."""
 
 
 @dataclasses.dataclass
 class Row:
     """One measured line.
 
-    `measured` and `bar` are in `unit`: "x" a ratio to the first rival (at least the bar), a unit of time (at most the bar). `rivals` holds
-    their times and `ratios` how many times faster this is. `flop` counts the stored part of the work.
+    `measured` and `bar` are in `unit`: "x" a ratio to the first rival (at least the bar), a unit of
+    time (at most the bar). `rivals` holds their times and `ratios` how many times faster this is.
+    `flop` counts the stored part of the work.
     """
 
     name: str
@@ -74,12 +75,12 @@ class Row:
 
 
 def check_error(what: str, error: float, dense_error: float, dtype: torch.dtype) -> None:
-    """Raises :class:`WrongResult` for an error that is more than twice dense torch's and a few eps, or is NaN."""
+    """Raises :class:`WrongResult` for NaN, or more than twice dense torch's error and some eps."""
     limit = TIMES_DENSE * dense_error + MORE_EPS * torch.finfo(dtype).eps
     if not error <= limit:
         raise WrongResult(
-            f"{what}: relative error {error:.2e} against float64; dense torch in {dtype} has {dense_error:.2e}, "
-            f"so at most {limit:.2e} is right"
+            f"{what}: relative error {error:.2e} against float64; "
+            f"dense torch in {dtype} has {dense_error:.2e}, so at most {limit:.2e} is right"
         )
 
 

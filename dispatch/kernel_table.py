@@ -35,7 +35,6 @@ class Facts(NamedTuple):
     triton: tuple[int, ...] = ()
     block_size: tuple[int, int] = (0, 0)
     head_dim: int = 0
-    extra: tuple[tuple[str, Any], ...] = ()
 
 
 Requires = Callable[[Facts], "str | None"]

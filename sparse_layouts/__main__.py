@@ -26,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="multiply and attend on real text, against dense torch; in under a minute",
-        description="Block-sparse matmul and attention on real text: errors, times and memory against dense torch, "
-        "as tables here and as an HTML report with pictures of the patterns.",
+        description="Block-sparse matmul and attention on real text: errors, times and memory "
+        "against dense torch, as tables here and as an HTML report with pictures of the patterns.",
     )
     demo.add_argument(
         "--out",
@@ -93,7 +93,7 @@ def run_demo(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 1 for what went wrong, 2 for a wrong command line, 130 for Ctrl-C."""
+    """Runs a command; returns 0, 1 for a failure, 2 for a wrong command line, 130 for Ctrl-C."""
     own = parser()
     options = own.parse_args(arguments)
     if options.version:

@@ -1,4 +1,4 @@
-"""`python -m sparse_layouts demo`: block-sparse matmul and attention on real text, against dense torch."""
+"""`python -m sparse_layouts demo`: block-sparse matmul and attention on real text, and dense."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Comparison:
 
 @dataclasses.dataclass
 class Accuracy:
-    """Relative errors (Frobenius norm) against float64, of the sparse and of the dense computation in the same dtype."""
+    """Relative errors (Frobenius norm) against float64, sparse and dense in the same dtype."""
 
     what: str
     sparse: float
@@ -111,16 +111,17 @@ class Result:
 
 
 def read_text() -> str:
-    """The text of Python's own language reference as `help()` shows it, 460 KB of English; every Python has it."""
+    """The language reference that `help()` shows, 460 KB of English that every Python carries."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics[name] for name in sorted(topics))
 
 
 def co_occurrence(text: str, most_words: int | None = None) -> tuple[Tensor, list[str]]:
-    """How often two words of the text are neighbours (N, N), fp32, symmetric, and the words, the most frequent first.
+    """How often two words are neighbours (N, N), fp32, symmetric; the words, by frequency.
 
-    N is the number of different words, or `most_words` of them, padded with empty rows to a multiple of the block.
+    N is the number of different words, or `most_words` of them, padded with empty rows to a
+    multiple of the block.
     """
     spoken = re.findall(r"[a-z_]+", text.lower())
     words = [word for word, _ in Counter(spoken).most_common(most_words)]
@@ -135,7 +136,7 @@ def co_occurrence(text: str, most_words: int | None = None) -> tuple[Tensor, lis
 
 
 def text_attention_inputs(text: str, length: int, heads: int, head_dim: int) -> list[Tensor]:
-    """q, k, v and an output gradient (1, H, N, D) from the text's first bytes: random embeddings of bytes and of positions."""
+    """q, k, v and an output gradient (1, H, N, D): random embeddings of bytes and positions."""
     data = torch.tensor(list(text.encode("utf-8")[:length]))
     draw = torch.Generator().manual_seed(0)
     of_byte = torch.randn(256, 3 * heads * head_dim, generator=draw)
@@ -167,7 +168,7 @@ def _dtype(device: str) -> torch.dtype:
 
 
 def matmul_part(text: str, device: str, tell: Tell, quick: bool) -> Part:
-    """The co-occurrence matrix of the text's words, its heaviest blocks kept, times embeddings of the words."""
+    """The co-occurrence matrix of the text's words, heaviest blocks kept, times embeddings."""
     tell("counting which words are neighbours")
     counts, words = co_occurrence(text, 512 if quick else None)
     dtype = _dtype(device)
@@ -194,6 +195,7 @@ def matmul_part(text: str, device: str, tell: Tell, quick: bool) -> Part:
         {"sparse": lambda: torch.matmul(w, x), "dense": lambda: torch.matmul(full, x)},
         repeats=3 if quick else 31,
         budget_s=MATMUL_BUDGET_S,
+        at_least=2,
         device=device,
     )
     memory = {
@@ -211,9 +213,9 @@ def matmul_part(text: str, device: str, tell: Tell, quick: bool) -> Part:
     return Part(
         name="matmul",
         title="Word co-occurrence times embeddings",
-        about=f"{len(words)} words of Python's own documentation, the most frequent first; how often two of them are "
-        f"neighbours; of its {BLOCK_OF_WORDS} x {BLOCK_OF_WORDS} blocks the heaviest {KEPT_BLOCKS:.0%}, "
-        f"times embeddings of {EMBEDDING}.",
+        about=f"{len(words)} words of Python's own documentation, the most frequent first; how "
+        f"often two of them are neighbours; of its {BLOCK_OF_WORDS} x {BLOCK_OF_WORDS} blocks the "
+        f"heaviest {KEPT_BLOCKS:.0%}, times embeddings of {EMBEDDING}.",
         layout=repr(w),
         dtype=str(dtype).removeprefix("torch."),
         density=w.density,
@@ -252,19 +254,18 @@ def attention_part(text: str, device: str, tell: Tell, quick: bool) -> Part:
         out = F.scaled_dot_product_attention(q, k, v, **how)
         return (out.detach(), *torch.autograd.grad(out, leaves, dout))
 
-    tell("attending densely in float64, to compare with")
-    dense_mask = mask.to_dense()
-
+    tell("attending densely, also in float64, to compare with")
     two = [0, heads - 1]  # heads that are compared: they do not touch each other
-    few = [t[:, two] for t in (q, k, v)]
-
-    def stored(start: int, stop: int) -> Tensor:
-        return dense_mask[two, start:stop]
-
-    exact = dense_causal_attention(*few, stored, dout[:, two])
-    tell(f"attending densely in {str(dtype).removeprefix('torch.')}")
-    dense = dense_causal_attention(*few, stored, dout[:, two], dtype=dtype)
-    del dense_mask
+    dense_mask = mask.to_dense()[two]
+    exact, dense = (
+        dense_causal_attention(
+            *(t[:, two] for t in (q, k, v)),
+            lambda start, stop: dense_mask[:, start:stop],
+            dout[:, two],
+            dtype=each,
+        )
+        for each in (torch.float64, dtype)
+    )
     tell("attending sparsely, forward and backward")
     sparse = [t[:, two] for t in both(attn_mask=mask)]
     errors = [
@@ -285,6 +286,7 @@ def attention_part(text: str, device: str, tell: Tell, quick: bool) -> Part:
         {"sparse": lambda: forward(attn_mask=mask), "dense": lambda: forward(is_causal=True)},
         repeats=repeats,
         budget_s=ATTENTION_BUDGET_S / 3,
+        at_least=2,
         device=device,
     )
     tell("timing sparse and dense attention in turns, forward and backward")
@@ -292,6 +294,7 @@ def attention_part(text: str, device: str, tell: Tell, quick: bool) -> Part:
         {"sparse": lambda: both(attn_mask=mask), "dense": lambda: both(is_causal=True)},
         repeats=repeats,
         budget_s=ATTENTION_BUDGET_S * 2 / 3,
+        at_least=2,
         device=device,
     )
     scores = heads * length * length
@@ -311,9 +314,9 @@ def attention_part(text: str, device: str, tell: Tell, quick: bool) -> Part:
     return Part(
         name="attention",
         title="Local-stride attention over bytes",
-        about=f"The first {length} bytes of the same text, {heads} heads of {head_dim}, blocks of 64: each sees the "
-        "last 4 blocks and every 8th before, another 8th in each head. Dense is torch's own causal attention, which "
-        "computes all of the triangle.",
+        about=f"The first {length} bytes of the same text, {heads} heads of {head_dim}, blocks of "
+        "64: each sees the last 4 blocks and every 8th before, another 8th in each head. Dense is "
+        "torch's own causal attention, which computes all of the triangle.",
         layout=repr(mask),
         dtype=str(dtype).removeprefix("torch."),
         density=mask.density,

@@ -1,4 +1,4 @@
-"""What the demo shows: progress while it works, tables in the terminal, an HTML page with pictures."""
+"""What the demo shows: progress, tables in the terminal, an HTML page with pictures."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def machine(result: Result) -> str:
     v = result.versions
     threads = f", {result.threads} threads" if result.device == "cpu" else ""
     return (
-        f"{result.device_name}{threads}; Python {v['python']}, torch {v['torch']}, Triton {v['triton']}, "
-        f"sparse_layouts {v['sparse_layouts']}; {result.seconds:.0f} s"
+        f"{result.device_name}{threads}; Python {v['python']}, torch {v['torch']}, "
+        f"Triton {v['triton']}, sparse_layouts {v['sparse_layouts']}; {result.seconds:.0f} s"
     )
 
 
@@ -129,12 +129,15 @@ def show(result: Result, report: Path) -> None:
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #d0d0d0; --soft: #666; --good: #1a7f37; --bad: #b35900; }
-@media (prefers-color-scheme: dark) { :root { --line: #444; --soft: #aaa; --good: #5fd17f; --bad: #f0a050; } }
+@media (prefers-color-scheme: dark) {
+  :root { --line: #444; --soft: #aaa; --good: #5fd17f; --bad: #f0a050; }
+}
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 p.soft, footer { color: var(--soft); }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .25rem 1.5rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { text-align: left; vertical-align: top; padding: .25rem 1.5rem .25rem 0; }
+th, td { border-bottom: 1px solid var(--line); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12px; margin: .5rem 0; }
 code { font-size: 13px; } .faster { color: var(--good); } .slower { color: var(--bad); }
 figure { margin: 1.5rem 0; overflow-x: auto; } details > div { overflow-x: auto; font-size: 13px; }
@@ -168,5 +171,6 @@ def as_html(result: Result) -> str:
         f"<title>sparse_layouts: demo</title><style>{_STYLE}</style></head><body>\n"
         "<h1>sparse_layouts: block-sparse against dense, on real text</h1>\n"
         f'<p class="soft">{html.escape(machine(result))}</p>\n{body}\n'
-        "<footer><p>Made by <code>python -m sparse_layouts demo</code>.</p></footer></body></html>\n"
+        "<footer><p>Made by <code>python -m sparse_layouts demo</code>.</p></footer>"
+        "</body></html>\n"
     )

@@ -1,4 +1,4 @@
-"""`python -m sparse_layouts info`: versions, devices and both tables, for a person and for a bug report."""
+"""`python -m sparse_layouts info`: versions, devices and both tables, also for a bug report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "triton", "numpy", "scipy")
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python, of this library and of what it stands on; "not installed" for what is missing. Imports none of them."""
+    """Versions of Python, this library and what it stands on, or "not installed"."""
     found = {"python": platform.python_version(), "sparse_layouts": sparse_layouts.__version__}
     for name in PACKAGES:
         try:
@@ -49,7 +49,7 @@ def cores() -> int:
 
 
 def devices() -> list[dict[str, Any]]:
-    """The CPU with its threads, and every CUDA device with its compute capability and its memory in bytes."""
+    """The CPU with its threads, every CUDA device with compute capability and memory in bytes."""
     found: list[dict[str, Any]] = [
         {"device": "cpu", "name": cpu_name(), "cores": cores(), "threads": torch.get_num_threads()}
     ]

@@ -6,7 +6,7 @@ views, arithmetic that keeps the layout, sums; for every layout or for block lay
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +165,7 @@ def sum_entries(
     if not isinstance(input, BSRTensor) or len(dims) != 1:
         return NotImplemented
     if dtype is not None:
-        input = input.to(dtype)  # before adding up, as torch does
+        input = cast(BSRTensor, input.to(dtype))  # before adding up, as torch does
     axis = dims[0] % input.dim()
     if axis == input.dim() - 1:
         ones = input.inner_values.new_ones(input.shape[-1], 1)  # type: ignore[union-attr]

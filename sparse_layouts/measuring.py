@@ -1,4 +1,4 @@
-"""What the demo and the benchmarks measure with: interleaved times, relative errors, exact attention in slices."""
+"""What the demo and the benchmarks measure with: interleaved times, errors, exact attention."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-FEWEST_REPEATS = 3
 
 
 class Timing(NamedTuple):
@@ -47,11 +45,13 @@ def interleaved(
     *,
     repeats: int = 7,
     budget_s: float = float("inf"),
+    at_least: int = 3,
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
-    """Times variants in turns, so that whatever disturbs the machine disturbs all of them; each is run once before.
+    """Times variants in turns, so that what disturbs the machine disturbs all of them.
 
-    Stops early when `budget_s` seconds are spent, but not before three repeats of each.
+    Each is run once before. Stops early when `budget_s` seconds are spent, but not before
+    `at_least` repeats of each.
 
     >>> from sparse_layouts.measuring import interleaved
     >>> sorted(interleaved({"list": lambda: [0] * 10, "tuple": lambda: (0,) * 10}))
@@ -62,7 +62,7 @@ def interleaved(
     for run in variants.values():
         run()
     for done in range(repeats):
-        if done >= FEWEST_REPEATS and time.perf_counter() - begin > budget_s:
+        if done >= at_least and time.perf_counter() - begin > budget_s:
             break
         order = list(variants.items())
         for name, run in order if done % 2 == 0 else reversed(order):
@@ -75,7 +75,7 @@ def interleaved(
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """The Frobenius norm of the difference over that of `exact`, in float64; NaN wherever `found` has one."""
+    """The Frobenius norm of the difference over that of `exact`; NaN if `found` has one."""
     exact = exact.double()
     norm = torch.linalg.vector_norm(exact)
     return float(torch.linalg.vector_norm(found.double() - exact) / norm.clamp(min=1e-300))
@@ -103,10 +103,11 @@ def dense_causal_attention(
     dtype: torch.dtype = torch.float64,
     rows_at_once: int = 1024,
 ) -> tuple[Tensor, ...]:
-    """Dense attention under a causal mask, a slice of rows at a time, so that it fits into memory at any length.
+    """Dense attention under a causal mask, some rows at a time: fits into memory at any length.
 
-    q, k, v (B, H, N, D), computed in `dtype`; `stored(start, stop)` gives rows start..stop of the dense bool mask, broadcastable
-    to (B, H, stop - start, N). Returns `(out,)`, or with the gradient `dout` of the output `(out, dq, dk, dv)`.
+    q, k, v (B, H, N, D), computed in `dtype`; `stored(start, stop)` gives rows start..stop of the
+    dense bool mask, broadcastable to (B, H, stop - start, N). Returns `(out,)`, or with the
+    gradient `dout` of the output `(out, dq, dk, dv)`.
     """
     q, k, v = (t.detach().to(dtype).requires_grad_(dout is not None) for t in (q, k, v))
     n = q.shape[-2]

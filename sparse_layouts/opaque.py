@@ -30,10 +30,10 @@ def _eager(first: Any) -> bool:
     it then skips the dispatcher (30 us of boxed arguments).
     """
     return (
-        type(first) is torch.Tensor
+        not torch.compiler.is_compiling()  # first: the rest cannot be traced
+        and type(first) is torch.Tensor
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.maybe_current_level() is None
-        and not torch.compiler.is_compiling()
     )
 
 

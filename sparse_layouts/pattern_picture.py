@@ -1,4 +1,4 @@
-"""A picture of a pattern as SVG: at most 64 x 64 shaded cells a head, whatever the size of the matrix."""
+"""A picture of a pattern as SVG: at most 64 x 64 shaded cells a head, whatever the size."""
 
 from __future__ import annotations
 
@@ -24,20 +24,23 @@ MAX_DENSE_ENTRIES = 2**22
 
 
 class Panel(NamedTuple):
-    """One matrix of the picture: how full each cell is (0 to 1, (rows, columns) on the CPU), and what stands above it."""
+    """One matrix of the picture: what stands above it, how full each cell is (0 to 1)."""
 
     label: str
     density: Tensor
 
 
 def svg(layout: LayoutTensor, *, caption: str | None = None, max_panels: int = 8) -> str:
-    """The layout's pattern as an inline `<svg>`: the fuller a cell, the darker; one panel for each different head.
+    """The pattern as an inline `<svg>`: the fuller a cell, the darker; a panel a different head.
 
-    A cell is one block, several where there are more than 64 block rows or columns, one entry where there are at most 64 entries. Shades
-    are relative to the fullest cell, which the caption (by default the layout's sizes) names. Lines and text take the text colour of the page around it, so that
-    it fits a light and a dark one. Heads with the same pattern share a panel; `max_panels` are drawn. Costs O(stored blocks of these).
+    A cell is one block, several where there are more than 64 block rows or columns, one entry where
+    there are at most 64 entries. Shades are relative to the fullest cell, which the caption (by
+    default the layout's sizes) names. Lines and text take the text colour of the page around it, so
+    that it fits a light and a dark one. Heads with the same pattern share a panel; `max_panels` are
+    drawn. Costs O(stored blocks of these).
 
-    Raises `TypeError` for what is no layout and `ValueError` for a layout without blocks that is too large to be drawn densely.
+    Raises `TypeError` for what is no layout and `ValueError` for a layout without blocks that is
+    too large to be drawn densely.
 
     >>> import sparse_layouts as sl
     >>> from sparse_layouts.pattern_picture import svg
@@ -85,8 +88,8 @@ def panels_of(layout: LayoutTensor, max_panels: int) -> tuple[list[Panel], int, 
 def _dense_panels(layout: LayoutTensor, max_panels: int) -> tuple[list[Panel], int, str]:
     if layout.shape.numel() > MAX_DENSE_ENTRIES:
         raise ValueError(
-            f"svg: a {type(layout).__name__} is drawn by way of its dense matrix, which may have up to "
-            f"{MAX_DENSE_ENTRIES} entries; this one has {layout.shape.numel()}"
+            f"svg: a {type(layout).__name__} is drawn by way of its dense matrix, which may have "
+            f"up to {MAX_DENSE_ENTRIES} entries; this one has {layout.shape.numel()}"
         )
     dense = (layout.detach().to_dense() != 0).float()
     lead = tuple(dense.shape[:-2])
@@ -131,7 +134,7 @@ def _group(count: int) -> int:
 
 
 def _sizes(total: int, step: int, parts: int) -> Tensor:
-    """float64 (parts,): the lengths of the pieces of `total` cut into steps, the last one possibly shorter."""
+    """float64 (parts,): the lengths of pieces of `total` cut into steps, the last one shorter."""
     at = torch.arange(parts, dtype=torch.float64) * step
     return (total - at).clamp(max=step)
 
@@ -192,8 +195,8 @@ def _draw(panels: list[Panel], fullest: float, caption: str) -> str:
     height = grid_height + LABEL_PX * len(lines)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" width="{width}" height="{height}" '
-        f'viewBox="-1 -1 {width} {height}" fill="currentColor" font-family="sans-serif" font-size="11" '
-        f'style="max-width:100%;height:auto"><title>{html.escape(caption)}</title>'
+        f'viewBox="-1 -1 {width} {height}" fill="currentColor" font-family="sans-serif" '
+        f'font-size="11" style="max-width:100%;height:auto"><title>{html.escape(caption)}</title>'
     ]
     for i, (panel, (w, h)) in enumerate(zip(panels, sizes, strict=True)):
         x, y = i % per_row * step_x, i // per_row * step_y
@@ -208,7 +211,8 @@ def _draw(panels: list[Panel], fullest: float, caption: str) -> str:
             parts += _paths(panel.density, fullest)
             parts.append("</g>")
         parts.append(
-            f'<rect y="{top}" width="{w}" height="{h}" fill="none" stroke="currentColor" stroke-opacity=".5"/></g>'
+            f'<rect y="{top}" width="{w}" height="{h}" fill="none" stroke="currentColor" '
+            'stroke-opacity=".5"/></g>'
         )
     for i, line in enumerate(lines):
         parts.append(f'<text y="{grid_height + LABEL_PX * i}">{html.escape(line)}</text>')
@@ -216,7 +220,7 @@ def _draw(panels: list[Panel], fullest: float, caption: str) -> str:
 
 
 def _panel_px(density: Tensor) -> tuple[int, int]:
-    """Width and height: the longer side is `PANEL_PX`, the shorter one in proportion, but never a hair."""
+    """Width and height: the longer side is `PANEL_PX`, the other in proportion, never a hair."""
     rows, columns = density.shape
     longer = max(rows, columns, 1)
     return tuple(max(4, round(PANEL_PX * s / longer)) for s in (columns, rows))  # type: ignore[return-value]
@@ -232,7 +236,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _paths(density: Tensor, fullest: float) -> list[str]:
-    """One path for each shade; cells of a row that lie side by side in one shade are one rectangle."""
+    """One path for each shade; equal cells side by side in a row are one rectangle."""
     if fullest <= 0:
         return []
     shades = torch.ceil(density / fullest * SHADES - 1e-9).clamp(0, SHADES).int().tolist()

@@ -98,28 +98,30 @@ def bias_gradient(dbias: Tensor, bias: BSRTensor) -> BSRTensor:
 def sum_shared(
     dbias: Tensor, bias: Tensor, bias_base: Tensor, pattern: BlockPattern, heads: int
 ) -> Tensor:
-    """Adds up, in a fixed order, what heads and samples that share a bias gave it;
+    """Adds up, in a fixed order, what heads and samples that share a bias gave it; bias's shape."""
+    # where the slots of a bias of this shape begin follows from its shape and the pattern alone
+    key = ("shared_slots", heads, tuple(bias.shape[:2]), tuple(bias_base.shape))
+    order = derived(pattern, key, lambda: _shared_slots(bias.shape[1], bias_base, pattern, heads))
+    total = dbias[:, order[0]]
+    for slots in order[1:]:
+        total = total + dbias[:, slots]
+    if bias.shape[0] == 1 and dbias.shape[0] > 1:
+        total = total.sum(0, keepdim=True)
+    return total.to(bias.dtype).reshape(bias.shape)
 
-    `bias`'s shape and dtype.
-    """
+
+def _shared_slots(
+    blocks: int, bias_base: Tensor, pattern: BlockPattern, heads: int
+) -> tuple[Tensor, ...]:
+    """Of every slot of a bias with `blocks` slots: the own slots that add to it, one tensor each."""
     own = own_slots(pattern, heads)
     assert own.base is not None
-    table = list_of_head(pattern, heads)
-    base = own.base.expand(max(own.base.shape[0], bias_base.shape[0]), -1)
-    lengths = (
-        (pattern.crow_indices[:, -1] - pattern.crow_indices[:, 0])[table.long()].flatten().long()
+    lengths = (pattern.crow_indices[:, -1] - pattern.crow_indices[:, 0]).long()
+    lengths = lengths[list_of_head(pattern, heads).long()].flatten()
+    owner = torch.arange(own.base.numel(), device=bias_base.device).repeat_interleave(
+        lengths, output_size=own.blocks
     )
-    owner = torch.arange(base.numel(), device=dbias.device).repeat_interleave(
-        lengths.expand(base.numel()) if lengths.numel() == 1 else lengths, output_size=own.blocks
-    )
-    shift = bias_base.expand(base.shape).flatten() - base.flatten()
-    target = torch.arange(own.blocks, device=dbias.device) + shift[owner]
-    shared_by = own.blocks // max(bias.shape[1], 1) if bias.shape[1] else 1
-    if shared_by > 1:
-        order = torch.argsort(target, stable=True).view(bias.shape[1], shared_by)
-        dbias = torch.stack([dbias[:, order[:, i]] for i in range(shared_by)]).sum(0)
-    elif bias.shape[1]:
-        dbias = dbias[:, torch.argsort(target, stable=True)]
-    if bias.shape[0] == 1 and dbias.shape[0] > 1:
-        dbias = dbias.sum(0, keepdim=True)
-    return dbias.to(bias.dtype).reshape(bias.shape)
+    shift = (bias_base.expand(own.base.shape) - own.base).flatten()
+    target = torch.arange(own.blocks, device=bias_base.device) + shift[owner]
+    order = torch.argsort(target, stable=True)
+    return order.view(blocks, own.blocks // max(blocks, 1)).unbind(1) if blocks else (order,)

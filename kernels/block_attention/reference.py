@@ -100,7 +100,7 @@ def block_attention(
         scores = (
             scores + _dense_bias(bias.to(accumulate), bias_base, pattern, head_map)[:, :, m - nq :]
         )
-    scores = scores.masked_fill(counts == 0, -torch.inf) + counts.clamp(min=1).log().to(accumulate)
+    scores = scores.masked_fill(counts == 0, -torch.inf) + counts.clamp(min=1).to(accumulate).log()
     lse = scores.logsumexp(-1)
     finite = lse.masked_fill(counts.sum(-1) == 0, 0.0)
     probabilities = (scores - finite[..., None]).exp()
@@ -121,7 +121,7 @@ def _dense_bias(bias: Tensor, base: Tensor, p: BlockPattern, head_map: Tensor) -
     rows = torch.arange(mb, device=bias.device)
     batches = []
     for b in range(max(bias.shape[0], head_map.shape[0])):
-        values = bias[b % bias.shape[0]]
+        values = bias[b % max(bias.shape[0], 1)]
         heads = []
         for which, start in zip(
             head_map[b % head_map.shape[0]], base[b % base.shape[0]], strict=True
@@ -211,7 +211,7 @@ def _own_bias(
             crow = p.crow_indices[head_map[b % head_map.shape[0], h]]
             count = int(crow[-1] - crow[0])
             start, to = int(base[b % base.shape[0], h]), int(dbase[b % dbase.shape[0], h])
-            own[b % samples, to : to + count] = bias[b % bias.shape[0], start : start + count]
+            own[b % samples, to : to + count] = bias[b % max(bias.shape[0], 1), start : start + count]
     return own
 
 

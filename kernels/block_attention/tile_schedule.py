@@ -16,7 +16,6 @@ from torch.nn.functional import pad
 
 from sparse_layouts.block_pattern import BlockPattern, derived, entry_rows
 
-
 Lists = Literal["rows", "columns"]
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -380,8 +378,9 @@ def attention_backward_rows(
 # local-stride masks (bf16: N 8192, D 128, blocks of 64 and 128; N 4096, D 64 and 256; fp32: N 4096), 2026-11-20.
 # For dk and dv `columns` keys stay and `rows` queries stream. Small blocks want narrow tiles: neighbouring columns are unlike.
 COLUMN_TILES = [
-    (2, 128, 16, 99, Tiles(32, 16, 1, 2)),
-    (2, 128, 32, 99, Tiles(32, 32, 2, 2)),
+    (2, 64, 16, 99, Tiles(32, 16, 1, 2)),
+    (2, 64, 32, 99, Tiles(32, 32, 2, 2)),
+    (2, 128, 16, 99, Tiles(32, 16, 2, 2)),
     (2, 128, ANY, 99, Tiles(64, 64, 4, 2)),
     (2, 256, ANY, 227, Tiles(64, 64, 8, 2)),
     (2, 256, ANY, 163, Tiles(32, 64, 8, 2)),
@@ -391,6 +390,7 @@ COLUMN_TILES = [
 ]
 # For dq `rows` queries stay and `columns` keys stream.
 ROW_TILES = [
+    (2, 128, 32, 99, Tiles(64, 32, 4, 3)),
     (2, 128, ANY, 99, Tiles(64, 64, 4, 2)),
     (2, 256, ANY, 227, Tiles(128, 32, 8, 2)),
     (2, 256, ANY, 163, Tiles(64, 32, 4, 2)),

@@ -288,4 +288,6 @@ def linear(input: Tensor, weight: BSRTensor, bias: Tensor | None = None) -> Tens
         raise ValueError(
             f"linear: expected a bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}"
         )
+    if bias.dtype != out.dtype:
+        raise TypeError(f"linear: expected a bias of {out.dtype}, got {bias.dtype}")
     return out + bias

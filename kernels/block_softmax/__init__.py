@@ -97,7 +97,7 @@ class BlockSoftmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         (out,) = ctx.saved_tensors
-        gradient: BSRTensor = as_layout(grad, out)
+        gradient: Any = as_layout(grad, out)
         with restored(ctx.settings):
             dx = block_softmax_backward_op(
                 _flat(gradient.inner_values), _flat(out.inner_values), out.block_pattern, ctx.log

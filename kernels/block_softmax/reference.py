@@ -21,7 +21,7 @@ def block_softmax(values: Tensor, pattern: BlockPattern, *, log: bool = False) -
     accumulate = torch.float64 if values.dtype == torch.float64 else torch.float32
     counts = dense_counts(pattern._replace(lead=(pattern.num_patterns,)))
     scores = densify(values.to(accumulate), pattern)
-    scores = scores.masked_fill(counts == 0, -torch.inf) + counts.clamp(min=1).log()
+    scores = scores.masked_fill(counts == 0, -torch.inf) + counts.clamp(min=1).to(accumulate).log()
     lse = scores.logsumexp(-1, keepdim=True)
     lse = lse.masked_fill(counts.sum(-1, keepdim=True) == 0, 0.0)
     out = scores - lse

@@ -142,12 +142,13 @@ def test_every_triton_row_is_compiled() -> None:
 # --- the check can fail -----------------------------------------------------------------------------------------------
 
 
-def squared(size: int, kind: str = "*bf16") -> Compilation:
-    """A product of small_kernels, sizes as wanted."""
+def squared(size: int, num_warps: int = 4) -> Compilation:
+    """The product of small_kernels."""
     from tests.kernels.small_kernels import product
 
-    signature = {"x_ptr": kind, "steps": "i32", "N": "constexpr"}
-    return Compilation("squared", product, signature, {"N": size}, {"num_warps": 4, "num_stages": 4})
+    signature = {"x_ptr": "*bf16", "steps": "i32", "N": "constexpr"}
+    constexprs, options = {"N": size}, {"num_warps": num_warps}
+    return Compilation("squared", product, signature, constexprs, options)
 
 
 @pytest.mark.aot
@@ -166,7 +167,7 @@ def test_a_broken_kernel_is_red() -> None:
 def test_too_much_shared_memory_is_red() -> None:
     assert "wgmma.mma_async" in compile_and_check(squared(64), 90)
     with pytest.raises(AssertionError, match="bytes of shared memory"):
-        compile_and_check(squared(256), 80)
+        compile_and_check(squared(256, num_warps=32), 80)
 
 
 @pytest.mark.aot
