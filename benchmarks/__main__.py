@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import subprocess
 import sys
 import time
@@ -86,21 +85,13 @@ def environment() -> dict[str, Any]:
         "commit": commit(),
         "versions": info.versions(),
         "devices": info.devices(),
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "load_average": info.load_average(),
     }
-
-
-def busy(where: dict[str, Any]) -> str:
-    """A warning if other programs use the cores, else ""."""
-    load = where["load_average"]
-    if load is None or load[0] < 0.5:
-        return ""
-    cores = info.cores()
-    return f"load average {load[0]:.1f} on {cores} cores: other programs may disturb the times"
 
 
 # --- the table ------------------------------------------------------------------------------------
 
+NARROWEST = 112
 HEAD = ("row", "density", "time", "GFLOP/s", "against", "bar", "holds")
 
 
@@ -147,6 +138,8 @@ def print_table(rows: Sequence[Row], file: TextIO | None = None, width: int | No
     from rich.table import Table
 
     console = Console(file=file, width=width, highlight=False)
+    if console.width < NARROWEST:
+        console.width = NARROWEST  # a terminal that wraps lines is better than cells cut short
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for name in HEAD:
         right = name in ("density", "time", "GFLOP/s", "bar")
@@ -204,8 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
     torch.set_num_threads(options.threads)
     where, begin = environment(), time.monotonic()
-    if busy(where):
-        print(busy(where), file=sys.stderr)
+    warning = info.disturbance(where["load_average"])
+    if warning:
+        print(warning, file=sys.stderr)
 
     def tell(stage: str) -> None:
         print(f"{time.monotonic() - begin:6.1f} s  {stage}", file=sys.stderr, flush=True)

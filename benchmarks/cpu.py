@@ -55,7 +55,7 @@ ATTENTION = [
     AttentionCase("attention fp32 block 32", 32, torch.float32, False, 2.4),
     AttentionCase("attention fp32 block 128", 128, torch.float32, False, 3.3),
     AttentionCase("attention bf16 block 64", 64, torch.bfloat16, False, 3.8),
-    AttentionCase("attention+gradients fp32 block 64", 64, torch.float32, True, 2.2),
+    AttentionCase("attention fp32 block 64 +gradients", 64, torch.float32, True, 2.2),
 ]
 MATMUL = [
     ("matmul fp32 block 64", torch.float32, 4.5),

@@ -1,4 +1,4 @@
-"""What the Triton kernels on lists of blocks share: bit tiles, precision, what they require."""
+"""What the Triton kernels on lists of blocks share: bit tiles, precision, shared memory, signatures."""
 
 from __future__ import annotations
 
@@ -26,24 +26,6 @@ def stored_bits(tiles_ptr, tile, rows, columns, BM: tl.constexpr, BN: tl.constex
     words = ((tile.to(tl.int64) - 1) * BM + rows) * WORDS + columns // 32
     words = tl.load(tiles_ptr + words, mask=tile > 0, other=-1)
     return ((words >> (columns % 32)) & 1) != 0
-
-
-def block_requirements(
-    device_type: str,
-    capability: tuple[int, int] | None,
-    dtype: torch.dtype,
-    block_size: tuple[int, int],
-) -> str | None:
-    """Why these kernels cannot run, or None; `capability` is a CUDA device's (major, minor)."""
-    if device_type != "cuda":
-        return f"needs a CUDA device, got {device_type}"
-    if capability is None or tuple(capability) < (8, 0):
-        return f"needs compute capability 8.0 or newer, got {capability}"
-    if dtype not in DTYPE_NAMES:
-        return f"needs bfloat16, float16, float32 or float64, got {dtype}"
-    if any(size < 16 or size & (size - 1) for size in block_size):
-        return f"needs block sizes that are powers of two from 16, got {tuple(block_size)}"
-    return None
 
 
 def input_precision(dtype: torch.dtype) -> str:

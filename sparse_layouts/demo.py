@@ -82,6 +82,7 @@ class Result:
     device_name: str
     versions: dict[str, str]
     threads: int
+    load_average: float | None
     seconds: float
     parts: list[Part]
 
@@ -153,14 +154,14 @@ def run(device: str, tell: Tell = lambda stage: None, *, quick: bool = False) ->
     >>> [part.name for part in demo.run("cpu", quick=True).parts]
     ['matmul', 'attention']
     """
-    begin = time.perf_counter()
+    begin, load = time.perf_counter(), info.load_average()
     tell("reading the text")
     text = read_text()
     parts = [matmul_part(text, device, tell, quick), attention_part(text, device, tell, quick)]
     own = info.devices()
     name = own[0]["name"] if device == "cpu" else torch.cuda.get_device_name()
     seconds = time.perf_counter() - begin
-    return Result(device, name, info.versions(), torch.get_num_threads(), seconds, parts)
+    return Result(device, name, info.versions(), torch.get_num_threads(), load, seconds, parts)
 
 
 def _dtype(device: str) -> torch.dtype:

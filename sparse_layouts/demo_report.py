@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from sparse_layouts import info
 from sparse_layouts.demo import Part, Result, Tell
 from sparse_layouts.dispatch.text import html_table, readable_bytes
 from sparse_layouts.measuring import Timing
@@ -60,6 +61,11 @@ def fact_table(part: Part) -> Table:
 def tables(part: Part) -> list[Table]:
     """All of a part's tables."""
     return [fact_table(part), error_table(part), time_table(part), memory_table(part)]
+
+
+def disturbed(result: Result) -> str:
+    """A warning where the times mean little, else ""."""
+    return info.disturbance(result.load_average)
 
 
 def machine(result: Result) -> str:
@@ -124,6 +130,8 @@ def show(result: Result, report: Path) -> None:
         console.print(escape(repr(part.explanation)), soft_wrap=True)
     console.print()
     console.print(f"[dim]{escape(machine(result))}")
+    if disturbed(result):
+        console.print(f"[yellow]{escape(disturbed(result))}")
     console.print(f"With pictures of both patterns: {escape(str(report))}", soft_wrap=True)
 
 
@@ -165,6 +173,9 @@ def _part_as_html(part: Part) -> str:
 def as_html(result: Result) -> str:
     """The page: one file, no script, nothing loaded from elsewhere."""
     body = "\n".join(_part_as_html(part) for part in result.parts)
+    warning = disturbed(result)
+    if warning:
+        body = f'<p class="slower">{html.escape(warning)}</p>\n{body}'
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

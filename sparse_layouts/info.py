@@ -48,6 +48,18 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def load_average() -> float | None:
+    """How many programs ran at once over the last minute; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def disturbance(load: float | None) -> str:
+    """A warning if other programs used the cores before measuring, else ""."""
+    if load is None or load < 0.5:
+        return ""
+    return f"load average {load:.1f} on {cores()} cores before: other programs disturb the times"
+
+
 def devices() -> list[dict[str, Any]]:
     """The CPU with its threads, every CUDA device with compute capability and memory in bytes."""
     found: list[dict[str, Any]] = [

@@ -1,4 +1,4 @@
-"""block_attention backward in Triton: two passes over the stored blocks, no atomics, the same bits every time."""
+"""block_attention backward in Triton: two passes over the stored blocks, no atomics."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sparse_layouts.kernels.block_attention.reference import dropout_threshold
 from sparse_layouts.kernels.block_attention.tile_schedule import tile_schedule
 from sparse_layouts.kernels.block_attention.triton_common import (
     ANY,
+    LENGTHS,
     TYPE_NAMES,
     Tiles,
     choose,
@@ -37,7 +38,7 @@ from sparse_layouts.kernels.block_attention.triton_common import (
 )
 
 
-@triton.jit(do_not_specialize=["stride_terms", "heads", "num_queries", "num_rows"])
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_row_terms(
     out_ptr, dout_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr,
     stride_ob, stride_oh, stride_om, stride_od, stride_gb, stride_gh, stride_gm, stride_gd,
@@ -45,7 +46,10 @@ def attention_row_terms(
     stride_terms, heads, num_queries, num_rows, value_dim,
     ROWS: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """Per query: lse in base 2 (+inf for a row without entries, so that exp2 gives 0) and rowsum(dout * out) - dlse."""
+    """Per query: rowsum(dout * out) - dlse, and lse in base 2.
+
+    A row without entries has lse +inf, so that exp2 of anything less gives 0.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     mask_m = row < num_rows
     query = row % num_queries
@@ -69,28 +73,28 @@ def attention_row_terms(
     tl.store(delta_ptr + terms, tl.where(empty, 0.0, delta), mask=mask_m)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "num_groups", "num_tiles", "stride_terms", "row_offset", "num_queries", "num_keys", "threshold"])  # fmt: skip
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_backward_columns(
     q, k_ptr, v_ptr, dout, dk_ptr, dv_ptr, lse2, delta, head_map_ptr,
-    starts_ptr, plain_ptr, chunks_ptr, order_ptr, columns_ptr, block_tiles_ptr, log_counts_ptr, positions_ptr,
-    tiles_ptr, bias_ptr, bias_base_ptr, seed_ptr,
+    starts_ptr, plain_ptr, chunks_ptr, order_ptr, columns_ptr, block_tiles_ptr, log_counts_ptr,
+    positions_ptr, tiles_ptr, bias_ptr, bias_base_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_gb, stride_gh, stride_gm, stride_gd,
     stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dvd,
     stride_map, stride_base, stride_bias_b, stride_bias_slot, stride_bias_m, stride_bias_n,
-    stride_terms, heads, group, num_groups, num_tiles, row_offset, num_queries, num_keys, head_dim, value_dim,
-    scale, threshold, keep_scale,
+    stride_terms, heads, group, num_groups, num_tiles, row_offset, num_queries, num_keys,
+    head_dim, value_dim, scale, threshold, keep_scale,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one tile of TN keys of one key head: its query heads in order, each head's rows in order."""
+    """dk and dv of TN keys of one key head: its query heads in order, each head's rows in order."""
     GATHER: tl.constexpr = TM // BM if TM > BM else 1
     PARTS: tl.constexpr = BM // TM if BM > TM else 1
     KEY_PARTS: tl.constexpr = BN // TN if BN > TN else 1
     DROPOUT: tl.constexpr = seed_ptr is not None
     LOG2E: tl.constexpr = 1.4426950408889634
-    # long columns of all heads come before the rest of any: one that starts last would run alone. Within each part a head's
-    # tiles are neighbours, which read the same queries.
+    # The longest columns of all heads come first: one that starts last would run alone. In each part
+    # the tiles of a head are neighbours, which read the same queries.
     pid = tl.program_id(0)
     kv_heads = heads // group
     long = (num_tiles + 7) // 8
@@ -130,7 +134,8 @@ def attention_backward_columns(
     columns4 = (tile * TN + tl.arange(0, TN // 4) * 4) // 4
     if DROPOUT:
         seed = tl.load(seed_ptr)
-    # with 16-bit operands the tensor cores add what is subtracted from scores and from dp: fewer registers are held
+    # What is subtracted from scores and from dp starts their accumulators: it holds no registers then.
+    # fp32 would lose bits to the larger sums.
     FOLD: tl.constexpr = PRECISION == "tf32" and not DROPOUT
     scale2 = tl.where(scale == 0, 1e-30, scale * LOG2E)
     unscale = 1.0 / scale2
@@ -237,21 +242,21 @@ def attention_backward_columns(
     tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=mask_v)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "num_groups", "num_tiles", "first_tile", "stride_terms", "row_offset", "num_queries", "num_keys", "threshold"])  # fmt: skip
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_backward_rows(
     q_ptr, k, v, dout_ptr, dq_ptr, dbias_ptr, lse2, delta, head_map_ptr,
-    starts_ptr, plain_ptr, chunks_ptr, order_ptr, columns_ptr, block_tiles_ptr, log_counts_ptr, positions_ptr,
-    tiles_ptr, bias_ptr, bias_base_ptr, dbias_base_ptr, seed_ptr,
+    starts_ptr, plain_ptr, chunks_ptr, order_ptr, columns_ptr, block_tiles_ptr, log_counts_ptr,
+    positions_ptr, tiles_ptr, bias_ptr, bias_base_ptr, dbias_base_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_gb, stride_gh, stride_gm, stride_gd,
     stride_dqb, stride_dqh, stride_dqm, stride_dqd,
-    stride_map, stride_base, stride_bias_b, stride_bias_slot, stride_bias_m, stride_bias_n, stride_dbase, stride_dbias_b,
-    stride_terms, heads, group, num_groups, num_tiles, first_tile, row_offset, num_queries, num_keys, head_dim, value_dim,
-    scale, threshold, keep_scale,
+    stride_map, stride_base, stride_bias_b, stride_bias_slot, stride_bias_m, stride_bias_n,
+    stride_dbase, stride_dbias_b, stride_terms, heads, group, num_groups, num_tiles, first_tile,
+    row_offset, num_queries, num_keys, head_dim, value_dim, scale, threshold, keep_scale,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile of TM rows of one head, laid out as in the forward, and the gradient of the bias there."""
+    """dq of TM rows of one head, laid out as in the forward, and the gradient of the bias there."""
     GATHER: tl.constexpr = TN // BN if TN > BN else 1
     PARTS: tl.constexpr = BN // TN if BN > TN else 1
     ROW_PARTS: tl.constexpr = BM // TM if BM > TM else 1
@@ -374,9 +379,11 @@ def attention_backward_rows(
     tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_q)
 
 
-# (bytes of an element, head size, block, KB of shared memory): tile, the first that fits; see `choose`. Measured on an H200 with
-# local-stride masks (bf16: N 8192, D 128, blocks of 64 and 128; N 4096, D 64 and 256; fp32: N 4096), 2026-11-20.
-# For dk and dv `columns` keys stay and `rows` queries stream. Small blocks want narrow tiles: neighbouring columns are unlike.
+# (bytes of an element, largest head size, largest block, KB of shared memory): tile; see `choose`.
+# Measured on an H200, 2026-11-20, on local-stride masks: bf16 at N 8192, D 128, blocks of 64 and 128,
+# and at N 4096, D 64, 128 and 256, blocks of 16, 32 and 64; fp32 at N 4096, D 128 and 256, block 64.
+# For dk and dv `columns` keys stay and `rows` queries stream. Neighbouring small blocks are unlike:
+# their columns want narrow tiles.
 COLUMN_TILES = [
     (2, 64, 16, 99, Tiles(32, 16, 1, 2)),
     (2, 64, 32, 99, Tiles(32, 32, 2, 2)),
@@ -420,17 +427,18 @@ def block_attention_backward(
     dbias_base: Tensor | None = None,
     dbias_blocks: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`(dq, dk, dv, dbias)` as `reference.block_attention_backward` defines them, bf16, fp16 or fp32.
+    """`(dq, dk, dv, dbias)` as the reference defines them, in bf16, fp16 or fp32.
 
-    The scores are computed twice, once by columns for dk and dv, once by rows for dq and dbias, so that every gradient is
-    added up in one place and in one order.
+    The scores are computed twice, by columns for dk and dv and by rows for dq and dbias, so that every
+    gradient is added up in one place and in one order: the same inputs give the same bits.
     """
     head_dim, (bm, bn) = max(q.shape[-1], v.shape[-1]), pattern.block_size
     size, shared_kb = q.element_size(), shared_memory_kb(q.device)
     return launch_backward(
         dout, dlse, q, k, v, out, lse, pattern, head_map, scale, dropout_p, seed, bias, bias_base,
         dbias_base, dbias_blocks,
-        choose(COLUMN_TILES, size, head_dim, bn, shared_kb), choose(ROW_TILES, size, head_dim, bm, shared_kb),
+        choose(COLUMN_TILES, size, head_dim, bn, shared_kb),
+        choose(ROW_TILES, size, head_dim, bm, shared_kb),
     )  # fmt: skip
 
 
@@ -455,7 +463,7 @@ def launch_backward(
     by_row: Tiles,
     tma: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """:func:`block_attention_backward` with the tiles given, for whoever measures tiles; `tma=False` keeps to plain loads."""
+    """:func:`block_attention_backward` with tiles given, to measure them; `tma=False`: plain loads."""
     (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
     m, (bm, bn) = pattern.shape[0], pattern.block_size
     head_map = head_map.contiguous()

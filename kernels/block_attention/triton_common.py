@@ -1,4 +1,4 @@
-"""What the Triton attention kernels share: reading a tile schedule, masks from bit tiles, dropout, operands."""
+"""What the Triton attention kernels share: tile schedules, masks from bit tiles, dropout, operands."""
 
 from __future__ import annotations
 
@@ -14,10 +14,22 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sparse_layouts.kernels.block_attention.tile_schedule import TileSchedule
 
 MAX_HEAD_DIM = 256
+# Arguments that follow lengths or head counts: a kernel is not compiled anew where one is 1 or divisible by 16.
+LENGTHS = [
+    "num_queries",
+    "num_keys",
+    "num_rows",
+    "row_offset",
+    "num_tiles",
+    "first_tile",
+    "num_groups",
+]
+LENGTHS += ["heads", "group", "threshold", "stride_terms", "stride_lb", "stride_lh", "stride_db"]
+LENGTHS += ["stride_dh"]
 
 
 class Tiles(NamedTuple):
-    """A tile of `rows` queries x `columns` keys, the warps that work on it, and the stages of its pipelined loads."""
+    """A tile of `rows` queries x `columns` keys, its warps, and the stages of its pipelined loads."""
 
     rows: int
     columns: int
@@ -27,7 +39,7 @@ class Tiles(NamedTuple):
 
 @triton.jit
 def slot_blocks(columns_ptr, first, offs, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The stored block of the tile's entries `offs`: one for all, or a vector where the tile gathers several."""
+    """The stored block of a tile's entries `offs`: one, or a vector where the tile gathers several."""
     if BLOCK >= TILE:
         blocks = tl.load(columns_ptr + first)
     else:
@@ -52,8 +64,8 @@ def stored_entries(
 ):  # fmt: skip
     """Which entries of a tile the pattern stores, bool [ROW_TILE, TILE].
 
-    `offs_r` are matrix rows modulo a multiple of ROW_TILE and ROW_BLOCK, `offs_c` is `arange(TILE)`. One word a row and 32
-    columns is loaded, not one a pair: the rest is shifts.
+    `offs_r` are matrix rows modulo a multiple of ROW_TILE and ROW_BLOCK, `offs_c` is `arange(TILE)`.
+    One word a row and 32 columns is loaded, not one a pair: the rest is shifts.
     """
     ROWS: tl.constexpr = ROW_TILE // ROW_BLOCK if ROW_TILE > ROW_BLOCK else 1
     WORDS: tl.constexpr = (BLOCK + 31) // 32
@@ -64,17 +76,20 @@ def stored_entries(
     for w in tl.static_range(TILE // 32):
         if BLOCK < 32:
             word = _row_word(
-                block_tiles_ptr, tiles_ptr, (first + 2 * w) * ROWS + sub_row, in_block, 0, ROW_BLOCK, WORDS
+                block_tiles_ptr, tiles_ptr, (first + 2 * w) * ROWS + sub_row, in_block, 0,
+                ROW_BLOCK, WORDS,
             ) & 0xFFFF  # fmt: skip
             high = _row_word(
-                block_tiles_ptr, tiles_ptr, (first + 2 * w + 1) * ROWS + sub_row, in_block, 0, ROW_BLOCK, WORDS
+                block_tiles_ptr, tiles_ptr, (first + 2 * w + 1) * ROWS + sub_row, in_block, 0,
+                ROW_BLOCK, WORDS,
             )  # fmt: skip
             word = word | (high << 16)
         else:
             slot = first + w // PER_BLOCK
             column_word = part * (TILE // 32) + w % PER_BLOCK
             word = _row_word(
-                block_tiles_ptr, tiles_ptr, slot * ROWS + sub_row, in_block, column_word, ROW_BLOCK, WORDS
+                block_tiles_ptr, tiles_ptr, slot * ROWS + sub_row, in_block, column_word,
+                ROW_BLOCK, WORDS,
             )  # fmt: skip
         words = tl.where((offs_c // 32 == w)[None, :], word[:, None], words)
     return ((words >> (offs_c % 32)[None, :]) & 1) != 0
@@ -82,7 +97,8 @@ def stored_entries(
 
 @triton.jit
 def _row_word(
-    block_tiles_ptr, tiles_ptr, where, in_block, column_word, ROW_BLOCK: tl.constexpr, WORDS: tl.constexpr
+    block_tiles_ptr, tiles_ptr, where, in_block, column_word,
+    ROW_BLOCK: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """32 bits of every row of a block: all of a full block, none of one that is not stored."""
     tile = tl.load(block_tiles_ptr + where)  # [ROW_TILE]
@@ -95,7 +111,8 @@ def _row_word(
 
 @triton.jit
 def slot_index(
-    first, offs_r, offs_c, ROW_BLOCK: tl.constexpr, BLOCK: tl.constexpr, ROW_TILE: tl.constexpr, TILE: tl.constexpr
+    first, offs_r, offs_c,
+    ROW_BLOCK: tl.constexpr, BLOCK: tl.constexpr, ROW_TILE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """[ROW_TILE, TILE] indices into a schedule's tables of (slot, block row)."""
     ROWS: tl.constexpr = ROW_TILE // ROW_BLOCK if ROW_TILE > ROW_BLOCK else 1
@@ -108,7 +125,7 @@ def slot_index(
 def dropout_keep(
     seed, threshold, batch, head, rows, columns4, ROW_TILE: tl.constexpr, TILE: tl.constexpr
 ):
-    """bool [ROW_TILE, TILE]: the reference's `dropout_keep`; `columns4` [TILE // 4] are the columns divided by 4."""
+    """bool [ROW_TILE, TILE], as the reference's; `columns4` [TILE // 4] are the columns divided by 4."""
     zero = tl.zeros([ROW_TILE, TILE // 4], tl.int32)
     w0, w1, w2, w3 = tl.philox(
         seed, zero + columns4[None, :], zero + rows[:, None], zero + head, zero + batch
@@ -127,18 +144,22 @@ def choose(
     block: int,
     shared_kb: int,
 ) -> Tiles:
-    """The first tile that fits of a table of (element bytes, largest head size, largest block, KB of shared memory, tile)."""
+    """The first tile that fits, of a table of (element bytes, largest head size and block, KB, tile).
+
+    KB is the shared memory that a block of threads needs to be allowed.
+    """
     for entry_bytes, entry_dim, entry_block, entry_kb, tiles in table:
         fits = head_dim <= entry_dim and block <= entry_block and entry_kb <= shared_kb
         if fits and entry_bytes == element_bytes:
             return tiles
     raise NotImplementedError(
-        f"no tile for {element_bytes}-byte elements, head size {head_dim} and {shared_kb} KB of shared memory"
+        f"no tile for {element_bytes}-byte elements, head size {head_dim}, "
+        f"{shared_kb} KB of shared memory"
     )
 
 
 def shared_memory_kb(device: torch.device) -> int:
-    """KB of shared memory that a block may have on a device; a Hopper GPU's where there is no GPU, for the interpreter."""
+    """KB of shared memory that a block of threads may have; a Hopper GPU's on a CPU (interpreter)."""
     if device.type != "cuda":
         return 227
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
@@ -150,7 +171,7 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How the tensor cores take a product of fp32: as three of tf32, which keeps fp32's accuracy."""
+    """How the tensor cores take a product of fp32: as three of tf32, with fp32's accuracy."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
@@ -177,7 +198,7 @@ def unsupported(
 
 
 def tma_ready(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator can read `x` (B, H, N, D): contiguous rows, 16-byte strides, Hopper or later."""
+    """Whether the tensor memory accelerator reads `x` (B, H, N, D): Hopper, whole rows, 16-byte strides."""
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (9, 0):
         return False
     bytes_of = x.element_size()
@@ -189,7 +210,7 @@ def tma_ready(x: Tensor) -> bool:
 
 
 def tile_descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """A descriptor of (B, H, N, D) that loads [1, 1, rows, columns]; what lies outside reads as zero."""
+    """A descriptor of (B, H, N, D) that loads [1, 1, rows, columns]; zeros lie outside."""
     # the stride of a dimension of one is never used, but has to be a multiple of 16 bytes
     strides = [
         16 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)
@@ -206,7 +227,7 @@ def terms_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 def shared_strides(
     head_map: Tensor, bias: Tensor | None, bias_base: Tensor | None
 ) -> tuple[int, int, int, int, int, int]:
-    """Strides of head_map and bias_base over samples and of bias (sample, slot, row, column): 0 where samples share."""
+    """Strides over samples of head_map and bias_base, all four of bias; 0 where samples share."""
     sample = [
         0 if t is None or t.shape[0] == 1 else t.stride(0) for t in (head_map, bias_base, bias)
     ]
@@ -229,7 +250,7 @@ def schedule_operands(schedule: TileSchedule, ordered: bool = True) -> tuple[Ten
 
 
 def signature(kernel: Any, given: dict[str, str], constexprs: dict[str, Any]) -> dict[str, str]:
-    """The type of every argument of an attention kernel: `given`, then by name; None stands among the constexprs."""
+    """The type of every argument of a kernel: `given`, then by name; constexprs include each None."""
     usual = {"scale": "fp32", "keep_scale": "fp32", "threshold": "i64"}
     types = {}
     for name in kernel.arg_names:

@@ -16,6 +16,7 @@ from sparse_layouts.kernels.block_attention.reference import dropout_threshold
 from sparse_layouts.kernels.block_attention.tile_schedule import tile_schedule
 from sparse_layouts.kernels.block_attention.triton_common import (
     ANY,
+    LENGTHS,
     TYPE_NAMES,
     Tiles,
     choose,
@@ -37,20 +38,21 @@ from sparse_layouts.kernels.block_attention.triton_common import (
 )
 
 
-@triton.jit(do_not_specialize=["heads", "group", "num_groups", "num_tiles", "first_tile", "row_offset", "num_queries", "num_keys", "threshold"])  # fmt: skip
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_forward(
     q_ptr, k, v, out_ptr, lse_ptr, head_map_ptr,
-    starts_ptr, plain_ptr, chunks_ptr, order_ptr, columns_ptr, block_tiles_ptr, log_counts_ptr, positions_ptr,
-    tiles_ptr, bias_ptr, bias_base_ptr, seed_ptr,
+    starts_ptr, plain_ptr, chunks_ptr, order_ptr, columns_ptr, block_tiles_ptr, log_counts_ptr,
+    positions_ptr, tiles_ptr, bias_ptr, bias_base_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_od,
     stride_map, stride_base, stride_bias_b, stride_bias_slot, stride_bias_m, stride_bias_n,
-    heads, group, num_groups, num_tiles, first_tile, row_offset, num_queries, num_keys, head_dim, value_dim,
-    scale, threshold, keep_scale,
-    TMA: tl.constexpr, POSITIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
+    heads, group, num_groups, num_tiles, first_tile, row_offset, num_queries, num_keys,
+    head_dim, value_dim, scale, threshold, keep_scale,
+    TMA: tl.constexpr, POSITIVE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of TM rows of one head; the tile's rows are rows of the mask, of which the queries are the last."""
+    """TM rows of one head: rows of the mask, of which the queries are the last."""
     GATHER: tl.constexpr = TN // BN if TN > BN else 1
     PARTS: tl.constexpr = BN // TN if BN > TN else 1
     ROW_PARTS: tl.constexpr = BM // TM if BM > TM else 1
@@ -84,7 +86,7 @@ def attention_forward(
     q_ptrs = q_ptr + batch64 * stride_qb + head64 * stride_qh
     q_ptrs += query.to(tl.int64)[:, None] * stride_qm + (offs_d * stride_qd)[None, :]
     q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < head_dim)[None, :], other=0.0)
-    # the maximum is taken before scaling where the scale is positive and nothing is added to the scores
+    # the maximum is taken before scaling where the scale is positive and nothing is added to scores
     SCALED: tl.constexpr = bias_ptr is not None or log_counts_ptr is not None or not POSITIVE
     scale2 = scale * LOG2E
     rate = 1.0 if SCALED else scale2
@@ -173,9 +175,10 @@ def attention_forward(
     )
 
 
-# (bytes of an element, head size, block, KB of shared memory): tile, the first that fits; see `choose`. Measured on an H200 with
-# local-stride masks (bf16: N 8192, D 128, blocks of 64 and 128; N 4096, D 64 and 256; fp32: N 4096), 2026-11-20.
-# Three stages of 64 keys at D 128 take 112 KB: two blocks just fit a multiprocessor, which is what makes them fast.
+# (bytes of an element, largest head size, largest block, KB of shared memory): tile; see `choose`.
+# Measured on an H200, 2026-11-20, on local-stride masks: bf16 at N 8192, D 128, blocks of 64 and 128,
+# and at N 4096, D 64, 128 and 256, blocks of 16, 32 and 64; fp32 at N 4096, D 128 and 256, block 64.
+# Three stages of 64 keys at D 128 take 112 KB, of which two just fit a multiprocessor.
 FORWARD_TILES = [
     (2, 64, ANY, 99, Tiles(64, 64, 4, 3)),
     (2, 128, 16, 163, Tiles(64, 64, 4, 3)),
@@ -204,9 +207,10 @@ def block_attention(
     bias: Tensor | None = None,
     bias_base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(out, lse)` as `reference.block_attention` defines them, bf16, fp16 or fp32.
+    """`(out, lse)` as `reference.block_attention` defines them, in bf16, fp16 or fp32.
 
-    After FlashAttention-2 (Dao, arXiv 2307.08691): softmax in base 2, one pass over the stored blocks of a tile of rows.
+    After FlashAttention-2 (Dao, arXiv 2307.08691): one pass over the stored blocks of a tile of rows,
+    the softmax in base 2.
     """
     head_dim, block = max(q.shape[-1], v.shape[-1]), pattern.block_size[0]
     tiles = choose(FORWARD_TILES, q.element_size(), head_dim, block, shared_memory_kb(q.device))
@@ -229,7 +233,7 @@ def launch_forward(
     tiles: Tiles,
     tma: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`block_attention` with the tile given, for whoever measures tiles; `tma=False` keeps to plain loads."""
+    """:func:`block_attention` with a tile given, to measure it; `tma=False` keeps to plain loads."""
     (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
     m, (bm, bn) = pattern.shape[0], pattern.block_size
     head_map = head_map.contiguous()

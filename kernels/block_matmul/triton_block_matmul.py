@@ -15,7 +15,6 @@ from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.triton_common import (
     BLOCK_SIZES,
     DTYPE_NAMES,
-    block_requirements,
     fitting_stages,
     input_precision,
     kernel_signature,
@@ -191,16 +190,6 @@ def block_matmul(
             **options,
         )
     return out
-
-
-def requires(
-    device_type: str,
-    capability: tuple[int, int] | None,
-    dtype: torch.dtype,
-    block_size: tuple[int, int],
-) -> str | None:
-    """Why these kernels cannot run, or None."""
-    return block_requirements(device_type, capability, dtype, block_size)
 
 
 def compilations() -> Iterator[Compilation]:

@@ -15,7 +15,6 @@ from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.triton_common import (
     BLOCK_SIZES,
     DTYPE_NAMES,
-    block_requirements,
     fitting_stages,
     input_precision,
     kernel_signature,
@@ -224,16 +223,6 @@ def tile_schedule(pattern: BlockPattern, tile_columns: int) -> tuple[Tensor, Ten
         return rows.int(), (each - first[rows]).int()
 
     return derived(pattern, ("sddmm_tiles", tile_columns), build)
-
-
-def requires(
-    device_type: str,
-    capability: tuple[int, int] | None,
-    dtype: torch.dtype,
-    block_size: tuple[int, int],
-) -> str | None:
-    """Why these kernels cannot run, or None."""
-    return block_requirements(device_type, capability, dtype, block_size)
 
 
 def compilations() -> Iterator[Compilation]:

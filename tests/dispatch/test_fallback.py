@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ from sparse_layouts.dispatch import current, fall_back, register_kernel, restore
 from sparse_layouts.dispatch import fallback as fallback_setting
 from sparse_layouts.dispatch.kernel_table import KERNELS
 
-fallback_module = __import__("importlib").import_module("sparse_layouts.dispatch.fallback")
+# the name in the package is the context manager
+fallback_module = importlib.import_module("sparse_layouts.dispatch.fallback")
 
 
 @pytest.fixture
