@@ -91,7 +91,7 @@ def environment() -> dict[str, Any]:
 
 # --- the table ------------------------------------------------------------------------------------
 
-NARROWEST = 112
+NARROWEST = 120
 HEAD = ("row", "density", "time", "GFLOP/s", "against", "bar", "holds")
 
 
@@ -111,7 +111,7 @@ def cells(row: Row) -> list[str]:
         return [row.name, "", "", "", "; ".join(row.notes), "", ""]
     if row.unit == "x":
         ratios = row.ratios.items()
-        against = [f"{r:.2f}x {name}, {in_unit(row.rivals[name].median_s)}" for name, r in ratios]
+        against = [f"{r:.2f}x {name} {in_unit(row.rivals[name].median_s)}" for name, r in ratios]
     else:
         against = [f"{row.measured:.3g} {row.unit}", *(f"over the {name}" for name in row.rivals)]
     if row.ceiling_flops and row.flops:
@@ -157,8 +157,8 @@ def print_table(rows: Sequence[Row], file: TextIO | None = None, width: int | No
     times = [row.error / row.dense_error for row in shown if row.error and row.dense_error]
     if times:
         console.print(
-            f"Errors against float64 are at most {max(times):.2g} times those of dense torch in the "
-            "same dtype (2 and a few eps are allowed). ± is half the distance between quartiles.",
+            f"Errors against float64 are at most {max(times):.2g} times those of dense torch in "
+            "the same dtype (2, and a few eps, are allowed). ± is half the quartiles' distance."
         )
 
 

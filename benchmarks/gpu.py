@@ -115,10 +115,12 @@ def cublas_flops(effort: Effort) -> float:
 # --- attention ------------------------------------------------------------------------------------
 
 
-def stored_rows(case: AttentionCase, head: int, start: int, stop: int) -> Tensor:
+def stored_rows(
+    case: AttentionCase, head: int, start: int, stop: int, device: str = "cuda"
+) -> Tensor:
     """Rows start..stop of one head's dense mask, (rows, N), by the formula."""
-    i = torch.arange(start, stop, device="cuda")[:, None]
-    j = torch.arange(case.seq_len, device="cuda")[None]
+    i = torch.arange(start, stop, device=device)[:, None]
+    j = torch.arange(case.seq_len, device=device)[None]
     step = max(1, case.stride // case.heads)
     near = i // case.block - j // case.block < case.local
     return (j <= i) & (near | ((j // case.block + head * step) % case.stride == 0))

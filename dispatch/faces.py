@@ -147,6 +147,10 @@ def _flipped(dims: int | None) -> Callable[..., Reading]:
     return read
 
 
+def _matrix_vector(input: Any, vec: Any) -> Reading:
+    return Reading(torch.matmul, (input, vec), {})
+
+
 def _permute(input: Any, *dims: Any) -> Reading:
     order = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
     n = input.dim()
@@ -171,6 +175,8 @@ _READ: dict[Function, Callable[..., Reading]] = {
     torch.Tensor.t: _flipped(2),
     torch.adjoint: _flipped(None),
     torch.Tensor.adjoint: _flipped(None),
+    torch.mv: _matrix_vector,
+    torch.Tensor.mv: _matrix_vector,
     torch.permute: _permute,
     torch.Tensor.permute: _permute,
 }
@@ -203,6 +209,8 @@ def name_of(function: Function) -> str:
     if getattr(F, name, None) is function and getattr(torch, name, None) is not function:
         return f"F.{name}"
     module = module.removeprefix("torch._C.").removeprefix("_")
+    if module in ("linalg", "special"):
+        return f"torch.{module}.{name.removeprefix(module + '_')}"
     return f"torch.{name}" if module in ("torch", "VariableFunctions") else f"{module}.{name}"
 
 
@@ -231,6 +239,18 @@ def _of_matmul(input: Any, other: Any, **rest: Any) -> list[Reading]:
     return []
 
 
+def _product(a: Any, b: Any, finish: Callable[[Any], Any] | None) -> list[Reading]:
+    """`finish(a @ b)` as a matmul, and under the narrower names that the shapes allow."""
+
+    def both(narrow: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
+        if narrow is None or finish is None:
+            return finish or narrow
+        return lambda out: finish(narrow(out))
+
+    narrower = [r._replace(finish=both(r.finish)) for r in _of_matmul(a, b)]
+    return [Reading(torch.matmul, (a, b), {}, finish), *narrower]
+
+
 def _of_mm(input: Any, mat2: Any, **rest: Any) -> list[Reading]:
     if rest or not _is_matrix(input, mat2):
         return []
@@ -255,7 +275,7 @@ def _of_addmm(
             return scaled  # torch ignores input then, NaN included
         return scaled + (input if beta == 1 else beta * input)
 
-    return [Reading(torch.matmul, (a, b), {}, finish)]
+    return _product(a, b, finish)
 
 
 def _of_linear(input: Any, weight: Any, bias: Any = None, **rest: Any) -> list[Reading]:
@@ -263,7 +283,7 @@ def _of_linear(input: Any, weight: Any, bias: Any = None, **rest: Any) -> list[R
         return []
     if not isinstance(weight, Layout):
         plus = None if bias is None else lambda out: out + bias
-        return [Reading(torch.matmul, (input, weight.mT), {}, plus)]
+        return _product(input, weight.mT, plus)
     rows = input.reshape(-1, input.shape[-1])
 
     def finish(product: Tensor) -> Tensor:
@@ -271,10 +291,7 @@ def _of_linear(input: Any, weight: Any, bias: Any = None, **rest: Any) -> list[R
         return out if bias is None else out + bias
 
     # weight @ input.mT needs no transposed layout, which a user's own layout may not have
-    return [
-        Reading(torch.matmul, (weight, rows.mT), {}, finish),
-        Reading(torch.mm, (weight, rows.mT), {}, finish),
-    ]
+    return _product(weight, rows.mT, finish)
 
 
 def _of_einsum(equation: Any, *operands: Any) -> list[Reading]:
@@ -323,7 +340,7 @@ def _of_einsum(equation: Any, *operands: Any) -> list[Reading]:
         product = product.reshape(*product.shape[: len(lead) + 1], *sizes)
         return product.permute([have.index(c) for c in out])
 
-    return [Reading(torch.matmul, (layout, dense), {}, finish)]
+    return _product(layout, dense, finish)
 
 
 _WIDER: dict[Function, Callable[..., list[Reading]]] = {

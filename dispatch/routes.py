@@ -238,7 +238,10 @@ def stub(function: Function, operands: dict[str, type]) -> str:
     function = canonical(function)
     parameters = PARAMETERS.get(function)
     if parameters is None:
-        parameters = tuple(operands) or ("input",)
+        last = max([0, *(int(n[8:]) for n in operands if n.startswith("operand_"))])
+        places = ("input", *(f"operand_{i}" for i in range(1, last + 1)))
+        named = tuple(n for n in operands if n not in places)
+        parameters = (*places, *named, "*rest", "**options")
     declared = ", ".join(f"{name}={cls.__name__}" for name, cls in operands.items())
     name = name_of(function)
     return (

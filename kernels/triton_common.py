@@ -1,4 +1,4 @@
-"""What the Triton kernels on lists of blocks share: bit tiles, precision, shared memory, signatures."""
+"""What the Triton kernels on block lists share: bit tiles, precision, memory, signatures."""
 
 from __future__ import annotations
 

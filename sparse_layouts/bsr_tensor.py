@@ -351,11 +351,11 @@ def _mask_values(pattern: BlockPattern) -> Tensor:
 def block_size_pair(block_size: int | tuple[int, int], what: str) -> tuple[int, int]:
     """(bm, bn) from an int or a pair; raises for anything else."""
     pair = (block_size, block_size) if isinstance(block_size, (int, np.integer)) else block_size
-    if isinstance(pair, bool) or len(tuple(pair)) != 2:
+    edges = pair if isinstance(pair, (tuple, list)) else ()
+    whole = [isinstance(e, (int, np.integer)) and not isinstance(e, bool) for e in edges]
+    if whole != [True, True]:
         raise TypeError(f"{what}: block_size is an int or a pair of ints, got {block_size!r}")
     bm, bn = pair
-    if not (isinstance(bm, (int, np.integer)) and isinstance(bn, (int, np.integer))):
-        raise TypeError(f"{what}: block_size is an int or a pair of ints, got {block_size!r}")
     if bm < 1 or bn < 1:
         raise ValueError(f"{what}: block_size must be positive, got {block_size!r}")
     return int(bm), int(bn)

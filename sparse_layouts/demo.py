@@ -258,15 +258,13 @@ def attention_part(text: str, device: str, tell: Tell, quick: bool) -> Part:
     tell("attending densely, also in float64, to compare with")
     two = [0, heads - 1]  # heads that are compared: they do not touch each other
     dense_mask = mask.to_dense()[two]
-    exact, dense = (
-        dense_causal_attention(
-            *(t[:, two] for t in (q, k, v)),
-            lambda start, stop: dense_mask[:, start:stop],
-            dout[:, two],
-            dtype=each,
-        )
-        for each in (torch.float64, dtype)
-    )
+
+    def stored(start: int, stop: int) -> Tensor:
+        return dense_mask[:, start:stop]
+
+    few = [t[:, two] for t in (q, k, v, dout)]
+    exact = dense_causal_attention(few[0], few[1], few[2], stored, few[3])
+    dense = dense_causal_attention(few[0], few[1], few[2], stored, few[3], dtype=dtype)
     tell("attending sparsely, forward and backward")
     sparse = [t[:, two] for t in both(attn_mask=mask)]
     errors = [

@@ -28,7 +28,7 @@ def seconds(timing: Timing) -> str:
 
 def verdict(ratio: float) -> str:
     """In words, whichever way it goes."""
-    return f"sparse is {ratio:.2f}x faster" if ratio >= 1 else f"sparse is {1 / ratio:.2f}x slower"
+    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
 
 
 def error_table(part: Part) -> Table:
@@ -40,7 +40,7 @@ def error_table(part: Part) -> Table:
 def time_table(part: Part) -> Table:
     """Times, and who wins."""
     rows = [[t.what, seconds(t.sparse), seconds(t.dense), verdict(t.ratio)] for t in part.times]
-    return ("time: median (quartiles)", "sparse", "dense", ""), rows
+    return ("time, median (quartiles)", "sparse", "dense", "sparse is"), rows
 
 
 def memory_table(part: Part) -> Table:
@@ -71,7 +71,8 @@ def disturbed(result: Result) -> str:
 def machine(result: Result) -> str:
     """One line on where the numbers come from."""
     v = result.versions
-    threads = f", {result.threads} threads" if result.device == "cpu" else ""
+    plural = "" if result.threads == 1 else "s"
+    threads = f", {result.threads} thread{plural}" if result.device == "cpu" else ""
     return (
         f"{result.device_name}{threads}; Python {v['python']}, torch {v['torch']}, "
         f"Triton {v['triton']}, sparse_layouts {v['sparse_layouts']}; {result.seconds:.0f} s"
@@ -157,7 +158,7 @@ def _part_as_html(part: Part) -> str:
     verdicts = []
     for each in part.times:
         kind = "faster" if each.ratio >= 1 else "slower"
-        text = f"{each.what}: {verdict(each.ratio)} than dense"
+        text = f"{each.what}: sparse is {verdict(each.ratio)} than dense"
         verdicts.append(f'<li class="{kind}">{html.escape(text)}</li>')
     pieces.append(f"<ul>{''.join(verdicts)}</ul>")
     pieces.append(f"<p><code>{html.escape(part.layout)}</code></p>")

@@ -28,12 +28,15 @@ class Transpose(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(output)
+        ctx.save_for_backward(inputs[0], output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (output,) = ctx.saved_tensors
-        return transpose_blocks(as_layout(grad, output), -2, -1)
+        layout, output = ctx.saved_tensors
+        flipped = transpose_blocks(as_layout(grad, output), -2, -1)
+        if type(flipped) is type(layout):
+            return flipped
+        return with_values(layout, values_of(flipped))  # the slots are the same
 
 
 @route(torch.transpose, input=BSRTensor)
@@ -199,7 +202,7 @@ def norm_of_entries(
     ):
         return NotImplemented
     dtype = rest.pop("dtype", None)
-    if rest:
+    if any(value is not None for value in rest.values()):
         return NotImplemented
     return torch.linalg.vector_norm(values_of(input), order, dtype=dtype)
 

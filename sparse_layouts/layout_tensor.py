@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from sparse_layouts.dispatch import Layout, call_route, fall_back
+from sparse_layouts.operators import Operators
 from sparse_layouts.stored_entries import handler_of, keeps_layout
 
 L = TypeVar("L", bound="LayoutTensor")
 
 
-class LayoutTensor(torch.Tensor, Layout):
+class LayoutTensor(Operators, torch.Tensor, Layout):
     """A matrix that stores part of its entries, as a `torch.Tensor`; what is not stored is zero
     (False in a mask).
 

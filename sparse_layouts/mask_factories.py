@@ -198,8 +198,8 @@ def banded(
                 if not causal
                 else (t >= 0) & ((t < window) | (columns < sunk))
             )
-            if stored.all():
-                continue
+            if stored.all() or not stored.any():
+                continue  # full, or a distance at which nothing is stored
             key = stored.tobytes()
             if key not in known:
                 known[key] = len(tiles) + 1

@@ -77,8 +77,8 @@ def keeps_layout(function: Callable[..., Any]) -> bool:
     """Whether torch's own function may be applied to a layout as it is, to act on its stored
     entries.
     """
-    if function in _KEPT:
-        return True
+    if function in _KEPT or isinstance(function, torch._ops.HigherOrderOperator):
+        return True  # the latter: our own autograd functions, under transforms of torch.func
     name = getattr(function, "__name__", "")
     return name in ("__get__", "__set__", "__delete__") and function not in _MAKES_TENSOR
 

@@ -2,8 +2,8 @@
 
 A pattern knows nothing of kernel tiles. A tile of rows may cover several block rows, which store
 different columns; a tile of columns may gather several stored blocks that are not neighbours. The
-schedule is the union of the block rows' lists, split into what needs no mask and what does. It costs
-O(stored blocks), is built on the pattern's device without waiting for it, and is cached with it.
+schedule is the union of the block rows' lists, split into what needs no mask and what does. It
+costs O(stored blocks), is built on the pattern's device without waiting for it, and cached with it.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class TileSchedule(NamedTuple):
     field | shape | dtype | meaning
     ---|---|---|---
     `starts` | (P, G) | int32 | first slot of the group, of `gather * chunks`
-    `plain_chunks` | (P, G) | int32 | leading chunks without a mask: full, once, in all rows, inside N
+    `plain_chunks` | (P, G) | int32 | first chunks, no mask: full, once, in all rows, inside N
     `chunks` | (P, G) | int32 | all chunks
     `order` | (P, G) | int32 | the groups of a pattern, most chunks first
-    `columns` | (S,) | int32 | block column of a slot, ascending in each of the two parts; -1: nothing
+    `columns` | (S,) | int32 | block column of a slot, ascending in each part; -1: nothing
     `block_tiles` | (S, R) | int32 | by block row: -1 not stored, 0 full, t > 0 bit tile t - 1
     `log_counts` | (S, R) or None | fp32 | log2 of the block's count; None where nothing counts
     `positions` | (S, R) or None | int32 | the block's place in its pattern's lists, -1 not stored
 
-    S is at most `nnzb + (gather - 1) * P * G`; `columns` has room for one chunk more, because a kernel
-    may read, and then drop, the chunk after its last.
+    S is at most `nnzb + (gather - 1) * P * G`; `columns` has room for one chunk more, because a
+    kernel may read, and then drop, the chunk after its last.
     """
 
     starts: Tensor
@@ -50,11 +50,11 @@ class TileSchedule(NamedTuple):
 def tile_schedule(
     pattern: BlockPattern, rows_per_group: int, gather: int, *, positions: Lists | None = None
 ) -> TileSchedule:
-    """The schedule of a pattern, built once; `transpose_pattern(p)` has the rows of tiles of columns.
+    """The schedule of a pattern, built once; `transpose_pattern(p)` has that of tiles of columns.
 
     A tile smaller than a block row takes `rows_per_group` 1, several tiles then share a group.
-    `positions` is for kernels that read or write one block of values a stored block, and says which lists
-    number those: of a transposed pattern, "columns" are the row lists of the original.
+    `positions` is for kernels that read or write one block of values a stored block, and says
+    which lists number those: of a transposed pattern, "columns" are the row lists of the original.
     """
     key = ("tile_schedule", rows_per_group, gather, positions)
     return derived(pattern, key, lambda: _build(pattern, rows_per_group, gather, positions))

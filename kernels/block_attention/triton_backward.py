@@ -20,6 +20,7 @@ from sparse_layouts.kernels.block_attention.triton_common import (
     Tiles,
     choose,
     dropout_keep,
+    kept_scale,
     padded_head_dim,
     precision,
     schedule_operands,
@@ -93,8 +94,8 @@ def attention_backward_columns(
     KEY_PARTS: tl.constexpr = BN // TN if BN > TN else 1
     DROPOUT: tl.constexpr = seed_ptr is not None
     LOG2E: tl.constexpr = 1.4426950408889634
-    # The longest columns of all heads come first: one that starts last would run alone. In each part
-    # the tiles of a head are neighbours, which read the same queries.
+    # The longest columns of all heads come first: one that starts last would run alone. In each
+    # part the tiles of a head are neighbours, which read the same queries.
     pid = tl.program_id(0)
     kv_heads = heads // group
     long = (num_tiles + 7) // 8
@@ -134,7 +135,7 @@ def attention_backward_columns(
     columns4 = (tile * TN + tl.arange(0, TN // 4) * 4) // 4
     if DROPOUT:
         seed = tl.load(seed_ptr)
-    # What is subtracted from scores and from dp starts their accumulators: it holds no registers then.
+    # What is subtracted from scores and dp starts their accumulators: it holds no registers then.
     # fp32 would lose bits to the larger sums.
     FOLD: tl.constexpr = PRECISION == "tf32" and not DROPOUT
     scale2 = tl.where(scale == 0, 1e-30, scale * LOG2E)
@@ -212,6 +213,7 @@ def attention_backward_columns(
                 bias_ptrs += ((offs_r % BN) * stride_bias_n)[:, None]
                 bias_ptrs += (((part * TM + offs_m) % BM) * stride_bias_m)[None, :]
                 s += tl.load(bias_ptrs, mask=position >= 0, other=0.0).to(tl.float32) * LOG2E
+            dp = tl.dot(v_tile, dout_tile.T, dp, input_precision=PRECISION)  # [TN, TM]
             p = tl.math.exp2(s)
             if j >= plain:
                 if log_counts_ptr is not None:
@@ -221,9 +223,10 @@ def attention_backward_columns(
                 live = stored_entries(
                     block_tiles_ptr, tiles_ptr, first, part, offs_r, offs_m, BN, BM, TN, TM
                 )
-                # what is not stored may have overflowed
-                p = tl.where(live & mask_m[None, :], p, 0.0)
-            dp = tl.dot(v_tile, dout_tile.T, dp, input_precision=PRECISION)  # [TN, TM]
+                # what is not stored may have overflowed, or be NaN in keys that no block stores
+                live &= mask_m[None, :]
+                p = tl.where(live, p, 0.0)
+                dp = tl.where(live, dp, 0.0)
             kept = p
             if DROPOUT:
                 keep = dropout_keep(seed, threshold, batch, head, rows, columns4, TM, TN).T
@@ -380,8 +383,9 @@ def attention_backward_rows(
 
 
 # (bytes of an element, largest head size, largest block, KB of shared memory): tile; see `choose`.
-# Measured on an H200, 2026-11-20, on local-stride masks: bf16 at N 8192, D 128, blocks of 64 and 128,
-# and at N 4096, D 64, 128 and 256, blocks of 16, 32 and 64; fp32 at N 4096, D 128 and 256, block 64.
+# Measured on an H200, 2026-11-20, on local-stride masks: bf16 at N 8192, D 128, blocks of 64 and
+# 128, and at N 4096, D 64, 128 and 256, blocks of 16, 32 and 64; fp32 at N 4096, D 128 and 256,
+# block 64. The entries for less shared memory are not measured.
 # For dk and dv `columns` keys stay and `rows` queries stream. Neighbouring small blocks are unlike:
 # their columns want narrow tiles.
 COLUMN_TILES = [
@@ -392,7 +396,7 @@ COLUMN_TILES = [
     (2, 256, ANY, 227, Tiles(64, 64, 8, 2)),
     (2, 256, ANY, 163, Tiles(32, 64, 8, 2)),
     (2, 256, ANY, 99, Tiles(32, 32, 4, 1)),
-    (4, 128, ANY, 99, Tiles(32, 32, 4, 1)),
+    (4, 128, ANY, 99, Tiles(64, 32, 8, 1)),
     (4, 256, ANY, 99, Tiles(32, 16, 4, 1)),
 ]
 # For dq `rows` queries stay and `columns` keys stream.
@@ -429,8 +433,8 @@ def block_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`(dq, dk, dv, dbias)` as the reference defines them, in bf16, fp16 or fp32.
 
-    The scores are computed twice, by columns for dk and dv and by rows for dq and dbias, so that every
-    gradient is added up in one place and in one order: the same inputs give the same bits.
+    The scores are computed twice, by columns for dk and dv and by rows for dq and dbias, so that
+    every gradient is added up in one place and in one order: the same inputs give the same bits.
     """
     head_dim, (bm, bn) = max(q.shape[-1], v.shape[-1]), pattern.block_size
     size, shared_kb = q.element_size(), shared_memory_kb(q.device)
@@ -463,7 +467,7 @@ def launch_backward(
     by_row: Tiles,
     tma: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """:func:`block_attention_backward` with tiles given, to measure them; `tma=False`: plain loads."""
+    """:func:`block_attention_backward` with given tiles, to measure; `tma=False`: plain loads."""
     (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
     m, (bm, bn) = pattern.shape[0], pattern.block_size
     head_map = head_map.contiguous()
@@ -503,7 +507,7 @@ def launch_backward(
     )
     dropout = seed is not None and dropout_p > 0
     sizes = (m - nq, nq, nk, head_dim, value_dim)
-    numbers = (scale, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p) if dropout else 1.0)
+    numbers = (scale, dropout_threshold(dropout_p), kept_scale(dropout_p) if dropout else 1.0)
     flags = {
         "BM": bm,
         "BN": bn,

@@ -1,4 +1,4 @@
-"""What the Triton attention kernels share: tile schedules, masks from bit tiles, dropout, operands."""
+"""What the Triton attention kernels share: schedules, masks from bit tiles, dropout, operands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sparse_layouts.kernels.block_attention.tile_schedule import TileSchedule
 
 MAX_HEAD_DIM = 256
-# Arguments that follow lengths or head counts: a kernel is not compiled anew where one is 1 or divisible by 16.
+# Arguments that follow lengths or head counts: a kernel is not compiled anew where one is 1 or
+# divisible by 16.
 LENGTHS = [
     "num_queries",
     "num_keys",
@@ -29,7 +30,7 @@ LENGTHS += ["stride_dh"]
 
 
 class Tiles(NamedTuple):
-    """A tile of `rows` queries x `columns` keys, its warps, and the stages of its pipelined loads."""
+    """A tile of `rows` queries x `columns` keys, its warps, and the stages of its loads."""
 
     rows: int
     columns: int
@@ -39,7 +40,7 @@ class Tiles(NamedTuple):
 
 @triton.jit
 def slot_blocks(columns_ptr, first, offs, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The stored block of a tile's entries `offs`: one, or a vector where the tile gathers several."""
+    """The stored block of a tile's entries `offs`: one, or a vector where it gathers several."""
     if BLOCK >= TILE:
         blocks = tl.load(columns_ptr + first)
     else:
@@ -64,8 +65,8 @@ def stored_entries(
 ):  # fmt: skip
     """Which entries of a tile the pattern stores, bool [ROW_TILE, TILE].
 
-    `offs_r` are matrix rows modulo a multiple of ROW_TILE and ROW_BLOCK, `offs_c` is `arange(TILE)`.
-    One word a row and 32 columns is loaded, not one a pair: the rest is shifts.
+    `offs_r` are matrix rows modulo a multiple of ROW_TILE and ROW_BLOCK, `offs_c` `arange(TILE)`.
+    One word is loaded a row and 32 columns, not one a pair: the rest is shifts.
     """
     ROWS: tl.constexpr = ROW_TILE // ROW_BLOCK if ROW_TILE > ROW_BLOCK else 1
     WORDS: tl.constexpr = (BLOCK + 31) // 32
@@ -125,13 +126,18 @@ def slot_index(
 def dropout_keep(
     seed, threshold, batch, head, rows, columns4, ROW_TILE: tl.constexpr, TILE: tl.constexpr
 ):
-    """bool [ROW_TILE, TILE], as the reference's; `columns4` [TILE // 4] are the columns divided by 4."""
+    """bool [ROW_TILE, TILE], as the reference's; `columns4` [TILE // 4]: columns divided by 4."""
     zero = tl.zeros([ROW_TILE, TILE // 4], tl.int32)
     w0, w1, w2, w3 = tl.philox(
         seed, zero + columns4[None, :], zero + rows[:, None], zero + head, zero + batch
     )
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [ROW_TILE, TILE // 4, 2, 2]
     return words.reshape([ROW_TILE, TILE]) >= threshold.to(tl.uint32)
+
+
+def kept_scale(dropout_p: float) -> float:
+    """What a kept probability is multiplied by; 0 where dropout drops everything."""
+    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
 ANY = 1 << 30
@@ -144,7 +150,7 @@ def choose(
     block: int,
     shared_kb: int,
 ) -> Tiles:
-    """The first tile that fits, of a table of (element bytes, largest head size and block, KB, tile).
+    """The first tile that fits of (element bytes, largest head size, largest block, KB, tile).
 
     KB is the shared memory that a block of threads needs to be allowed.
     """
@@ -159,7 +165,7 @@ def choose(
 
 
 def shared_memory_kb(device: torch.device) -> int:
-    """KB of shared memory that a block of threads may have; a Hopper GPU's on a CPU (interpreter)."""
+    """KB of shared memory that a block of threads may have; on a CPU (interpreter) Hopper's."""
     if device.type != "cuda":
         return 227
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
@@ -198,7 +204,7 @@ def unsupported(
 
 
 def tma_ready(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator reads `x` (B, H, N, D): Hopper, whole rows, 16-byte strides."""
+    """Whether descriptors can read `x` (B, H, N, D): Hopper, whole rows, 16-byte strides."""
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (9, 0):
         return False
     bytes_of = x.element_size()
@@ -250,7 +256,7 @@ def schedule_operands(schedule: TileSchedule, ordered: bool = True) -> tuple[Ten
 
 
 def signature(kernel: Any, given: dict[str, str], constexprs: dict[str, Any]) -> dict[str, str]:
-    """The type of every argument of a kernel: `given`, then by name; constexprs include each None."""
+    """The type of every argument of a kernel: `given`, else by name; a None is a constexpr."""
     usual = {"scale": "fp32", "keep_scale": "fp32", "threshold": "i64"}
     types = {}
     for name in kernel.arg_names:

@@ -21,6 +21,7 @@ from sparse_layouts.kernels.block_attention.triton_common import (
     Tiles,
     choose,
     dropout_keep,
+    kept_scale,
     padded_head_dim,
     precision,
     schedule_operands,
@@ -176,8 +177,9 @@ def attention_forward(
 
 
 # (bytes of an element, largest head size, largest block, KB of shared memory): tile; see `choose`.
-# Measured on an H200, 2026-11-20, on local-stride masks: bf16 at N 8192, D 128, blocks of 64 and 128,
-# and at N 4096, D 64, 128 and 256, blocks of 16, 32 and 64; fp32 at N 4096, D 128 and 256, block 64.
+# Measured on an H200, 2026-11-20, on local-stride masks: bf16 at N 8192, D 128, blocks of 64 and
+# 128, and at N 4096, D 64, 128 and 256, blocks of 16, 32 and 64; fp32 at N 4096, D 128 and 256,
+# block 64. The entries for less shared memory are not measured.
 # Three stages of 64 keys at D 128 take 112 KB, of which two just fit a multiprocessor.
 FORWARD_TILES = [
     (2, 64, ANY, 99, Tiles(64, 64, 4, 3)),
@@ -209,8 +211,8 @@ def block_attention(
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` as `reference.block_attention` defines them, in bf16, fp16 or fp32.
 
-    After FlashAttention-2 (Dao, arXiv 2307.08691): one pass over the stored blocks of a tile of rows,
-    the softmax in base 2.
+    After FlashAttention-2 (Dao, arXiv 2307.08691): one pass over the stored blocks of a tile of
+    rows, the softmax in base 2.
     """
     head_dim, block = max(q.shape[-1], v.shape[-1]), pattern.block_size[0]
     tiles = choose(FORWARD_TILES, q.element_size(), head_dim, block, shared_memory_kb(q.device))
@@ -233,7 +235,7 @@ def launch_forward(
     tiles: Tiles,
     tma: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`block_attention` with a tile given, to measure it; `tma=False` keeps to plain loads."""
+    """:func:`block_attention` with a given tile, for measuring; `tma=False`: plain loads."""
     (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
     m, (bm, bn) = pattern.shape[0], pattern.block_size
     head_map = head_map.contiguous()
@@ -287,7 +289,7 @@ def launch_forward(
         value_dim,
         scale,
         dropout_threshold(dropout_p),
-        1.0 / (1.0 - dropout_p) if dropout else 1.0,
+        kept_scale(dropout_p) if dropout else 1.0,
         TMA=tma,
         POSITIVE=scale > 0,
         BM=bm,

@@ -3,7 +3,7 @@
 The measuring stick is the op's reference in float64 on the rounded inputs. Two dense computations in torch say what is
 lost on the way: `dense_torch`, every step in the inputs' dtype, as dense torch does it, and `accumulated`, every step
 in float32 and only the factors of products rounded to the inputs' dtype, as tensor cores want them. A kernel may err at
-most twice as much as either of them, and a few eps of its result's dtype.
+most twice as much as either of them, and a few eps of the dtype in which it adds up.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from tests.kernels.cases import Call, stored_entries
 
 # By norm, and for the largest entry, which varies more than a norm does: times what torch loses.
 FACTORS = {"norm": 2, "largest": 4}
-EPS_OF_A_RESULT = 4
+# The order of a sum is the kernel's own; it is made in float32 at least.
+EPS_OF_ACCUMULATION = 4
 Results = tuple["Tensor | None", ...]
 
 
@@ -316,8 +317,9 @@ def check_result(
         leaks = int((computed.masked_fill(~zeros, 0.0) != 0).sum())
         assert not leaks, f"{what}: {leaks} entries that are 0 by definition are not"
     size, error = norms(exact), norms(computed - exact)
+    accumulator = torch.promote_types(got.dtype, torch.float32)
     for kind, factor in FACTORS.items():
-        rounding = EPS_OF_A_RESULT * torch.finfo(got.dtype).eps * size[kind]
+        rounding = EPS_OF_ACCUMULATION * torch.finfo(accumulator).eps * size[kind]
         allowed = factor * lost[kind] + rounding
         assert error[kind] <= allowed, (
             f"{what}: error {error[kind]:.2e} ({kind}), allowed {allowed:.2e} = "
@@ -325,19 +327,31 @@ def check_result(
         )
 
 
+class Measure:
+    """What the results of one call are compared with; made once, it judges any number of kernels."""
+
+    def __init__(self, op: str, call: Call) -> None:
+        call = call.map(lambda t: t.nan_to_num(0.0))  # NaN stands only where nothing may be read
+        self.op, self.dtype = op, call.dtype
+        self.exact, self.lost = exact_results(op, call), lost_by_torch(op, call)
+        self.zeros = zeros_by_definition(op, call)
+
+    def check(self, returned: Any) -> None:
+        """Raises AssertionError for results that are further off than torch's losses explain."""
+        op, got = self.op, as_results(returned)
+        assert len(got) == len(self.exact), f"{op}: {len(got)} results, not {len(self.exact)}"
+        for i, result in enumerate(got):
+            what, exact, lost = f"{op}, result {i}", self.exact[i], self.lost[i]
+            if exact is None or lost is None:
+                assert result is None, f"{what}: a tensor, not None"
+                continue
+            assert result is not None, f"{what}: None"
+            is_lse = op == "block_attention" and i == 1
+            dtype = torch.promote_types(self.dtype, torch.float32) if is_lse else self.dtype
+            assert result.dtype == dtype, f"{what}: {result.dtype}, not {dtype}"
+            check_result(what, result, exact, lost, self.zeros[i])
+
+
 def check_call(op: str, call: Call, returned: Any) -> None:
     """Compares what a kernel returned with the op's reference in float64."""
-    call = call.map(lambda t: t.nan_to_num(0.0))  # NaN stands only where nothing may be read
-    exact, got, lost = exact_results(op, call), as_results(returned), lost_by_torch(op, call)
-    zeros = zeros_by_definition(op, call)
-    assert len(got) == len(exact), f"{op}: {len(got)} results, not {len(exact)}"
-    for i, result in enumerate(got):
-        what, expected = f"{op}, result {i}", exact[i]
-        if expected is None:
-            assert result is None, f"{what}: a tensor, not None"
-            continue
-        assert result is not None, f"{what}: None"
-        is_lse = op == "block_attention" and i == 1
-        dtype = torch.promote_types(call.dtype, torch.float32) if is_lse else call.dtype
-        assert result.dtype == dtype, f"{what}: {result.dtype}, not {dtype}"
-        check_result(what, result, expected, lost[i], zeros[i])  # type: ignore[arg-type]
+    Measure(op, call).check(returned)

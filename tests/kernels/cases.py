@@ -41,7 +41,9 @@ class Call(NamedTuple):
         """The same call with `change` applied to every tensor of floats."""
 
         def mapped(value: Any) -> Any:
-            return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+            return (
+                change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+            )
 
         kwargs = {name: mapped(value) for name, value in self.kwargs.items()}
         return Call(tuple(mapped(value) for value in self.args), kwargs)
@@ -142,7 +144,9 @@ def make_pattern(what: Stored, random: torch.Generator, device: Device = "cpu") 
     if what.counts:
         blocks = stored * torch.randint(1, 4, stored.shape, generator=random)
     # one list set for every leading index, also where two happen to be equal
-    pattern = pattern_from_dense(blocks, (bm, bn), (m, n), ids if tiles is not None else None, tiles)
+    pattern = pattern_from_dense(
+        blocks, (bm, bn), (m, n), ids if tiles is not None else None, tiles
+    )
     pattern = expand_heads(pattern)
     return moved(pattern, device)
 
@@ -280,7 +284,9 @@ BLOCK_CASES = [
     BlockCase("block64", Stored((192, 128), (64, 64)), width=17, values="step", dense="step"),
     BlockCase("block128", Stored((300, 260), (128, 128)), batch=3, width=70, share=True),
     BlockCase("rectangular_16x32", Stored((70, 96), (16, 32), 2), batch=2, flip=True, small=True),
-    BlockCase("rectangular_64x16", Stored((192, 90), (64, 16), 3), dense="expand_0", batch=3, flip=True),
+    BlockCase(
+        "rectangular_64x16", Stored((192, 90), (64, 16), 3), dense="expand_0", batch=3, flip=True
+    ),
     BlockCase(
         "transposed_partial",
         Stored((96, 70), (32, 16), 2, tiles=True, transposed=True),
@@ -468,7 +474,12 @@ ATTENTION_CASES = [
     AttentionCase("causal", CAUSAL_50, head_dim=16, small=True),
     AttentionCase("no_lse_gradient", CAUSAL_50, batch=2, dlse=False, how=TOKENS_FIRST, small=True),
     AttentionCase(
-        "strided", Stored((80, 75), (32, 32), 2), heads_read="own", head_dim=24, how=STRIDED, small=True
+        "strided",
+        Stored((80, 75), (32, 32), 2),
+        heads_read="own",
+        head_dim=24,
+        how=STRIDED,
+        small=True,
     ),
     AttentionCase(
         "grouped_heads",
@@ -480,13 +491,23 @@ ATTENTION_CASES = [
         small=True,
     ),
     AttentionCase(
-        "one_kv_head", Stored((130, 130), (64, 64), 4, blocks="gaps"), 3, 4, 1, heads_read="own", head_dim=64
+        "one_kv_head",
+        Stored((130, 130), (64, 64), 4, blocks="gaps"),
+        3,
+        4,
+        1,
+        heads_read="own",
+        head_dim=64,
     ),
     AttentionCase(
         "pattern_by_kv_head", Stored((96, 96), (32, 32), 2), 2, 4, 2, heads_read="kv", head_dim=40
     ),
     AttentionCase(
-        "pattern_by_sample", Stored((64, 96), (32, 32), 3, tiles=True), 3, heads_read="sample", small=True
+        "pattern_by_sample",
+        Stored((64, 96), (32, 32), 3, tiles=True),
+        3,
+        heads_read="sample",
+        small=True,
     ),
     AttentionCase(
         "last_queries",
@@ -496,16 +517,29 @@ ATTENTION_CASES = [
         small=True,
     ),
     AttentionCase(
-        "last_queries_64", Stored((300, 260), (64, 64), 2), 2, queries=101, heads_read="own", head_dim=64
+        "last_queries_64",
+        Stored((300, 260), (64, 64), 2),
+        2,
+        queries=101,
+        heads_read="own",
+        head_dim=64,
     ),
     AttentionCase("last_query", Stored((140, 140), (16, 16), tiles=True), batch=3, queries=1),
     AttentionCase("no_query", CAUSAL_50, queries=0, small=True),
     AttentionCase("head_size_80", Stored((150, 150), (64, 64), blocks="causal"), head_dim=80),
     AttentionCase("head_size_96_40", Stored((90, 120), (32, 32)), head_dim=96, value_dim=40),
-    AttentionCase("head_size_24_72", Stored((60, 60), (16, 16)), head_dim=24, value_dim=72, small=True),
-    AttentionCase("head_size_128", Stored((300, 270), (128, 128), tiles=True), heads=1, head_dim=128),
-    AttentionCase("head_size_256", Stored((140, 130), (64, 64), blocks="causal"), heads=1, head_dim=256),
-    AttentionCase("rectangular_16x32", Stored((70, 100), (16, 32), 2), heads_read="own", small=True),
+    AttentionCase(
+        "head_size_24_72", Stored((60, 60), (16, 16)), head_dim=24, value_dim=72, small=True
+    ),
+    AttentionCase(
+        "head_size_128", Stored((300, 270), (128, 128), tiles=True), heads=1, head_dim=128
+    ),
+    AttentionCase(
+        "head_size_256", Stored((140, 130), (64, 64), blocks="causal"), heads=1, head_dim=256
+    ),
+    AttentionCase(
+        "rectangular_16x32", Stored((70, 100), (16, 32), 2), heads_read="own", small=True
+    ),
     AttentionCase("rectangular_64x16", Stored((150, 90), (64, 16)), 2, head_dim=64, queries=93),
     AttentionCase("rectangular_128x32", Stored((260, 100), (128, 32), tiles=True), head_dim=64),
     AttentionCase(
@@ -537,17 +571,35 @@ ATTENTION_CASES = [
     AttentionCase("scale", Stored((64, 64), (32, 32)), scale=0.7, head_dim=16),
     AttentionCase("large_scores", Stored((64, 130), (32, 64)), factor=12.0, head_dim=64),
     AttentionCase(
-        "expanded", CAUSAL_50, 3, 4, how=("expand_0", "expand_1", "expand_0", "expand_-1"), small=True
+        "expanded",
+        CAUSAL_50,
+        3,
+        4,
+        how=("expand_0", "expand_1", "expand_0", "expand_-1"),
+        small=True,
     ),
     AttentionCase("shared_bias", CAUSAL_50, batch=2, bias="shared", small=True),
     AttentionCase(
-        "own_bias", Stored((130, 130), (64, 64), 2, tiles=True), 2, 4, 2, heads_read="own", bias="own"
+        "own_bias",
+        Stored((130, 130), (64, 64), 2, tiles=True),
+        2,
+        4,
+        2,
+        heads_read="own",
+        bias="own",
     ),
     AttentionCase(
-        "bias_by_sample", Stored((64, 64), (16, 16), 3), 2, heads_read="sample", bias="own", queries=41
+        "bias_by_sample",
+        Stored((64, 64), (16, 16), 3),
+        2,
+        heads_read="sample",
+        bias="own",
+        queries=41,
     ),
     AttentionCase("dropout", CAUSAL_50, batch=2, dropout=0.3, small=True),
-    AttentionCase("dropout_64", Stored((200, 150), (64, 64)), 2, dropout=0.1, head_dim=64, queries=77),
+    AttentionCase(
+        "dropout_64", Stored((200, 150), (64, 64)), 2, dropout=0.1, head_dim=64, queries=77
+    ),
     AttentionCase(
         "everything",
         Stored((118, 128), (32, 64), 3, tiles=True, counts=True),
@@ -563,7 +615,12 @@ ATTENTION_CASES = [
         small=True,
     ),
     AttentionCase(
-        "block5", Stored((33, 41), (5, 5), 2, tiles=True), 2, heads_read="own", dropout=0.2, bias="own"
+        "block5",
+        Stored((33, 41), (5, 5), 2, tiles=True),
+        2,
+        heads_read="own",
+        dropout=0.2,
+        bias="own",
     ),
     AttentionCase("block24", Stored((100, 90), (24, 24), counts=True), queries=59, dropout=0.2),
 ]

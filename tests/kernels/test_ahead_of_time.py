@@ -100,7 +100,9 @@ def launched_kernels(module: ModuleType) -> set[str]:
     """Names that the module's code launches: `name[grid](...)`, where `name` is a jit function of the module."""
     tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    names = {f.value.id for f in calls if isinstance(f, ast.Subscript) and isinstance(f.value, ast.Name)}
+    names = {
+        f.value.id for f in calls if isinstance(f, ast.Subscript) and isinstance(f.value, ast.Name)
+    }
     return {name for name in names if hasattr(getattr(module, name, None), "arg_names")}
 
 
@@ -108,7 +110,9 @@ def launched_kernels(module: ModuleType) -> set[str]:
 @pytest.mark.parametrize("name", module_names())
 def test_every_launched_kernel_lists_configurations(name: str) -> None:
     module = importlib.import_module(name)
-    assert hasattr(module, "compilations"), f"{name} has no compilations(): nothing would compile it"
+    assert hasattr(module, "compilations"), (
+        f"{name} has no compilations(): nothing would compile it"
+    )
     listed = {compilation.kernel.__name__ for compilation in compilations_of(name)}
     launched = launched_kernels(module)
     assert launched, f"{name} launches no kernel; shared code belongs into {SHARED}.py"

@@ -277,11 +277,18 @@ def test_dropout_keeps_as_many_as_it_says(p: float) -> None:
 
 def test_dropout_draws_anew_for_every_index_and_seed() -> None:
     keep = kept(0.5, 11).double() - 0.5
-    for other in (kept(0.5, 12), keep.roll(1, 0) + 0.5, keep.roll(1, 1) + 0.5, keep.roll(1, 2) + 0.5):
+    for other in (
+        kept(0.5, 12),
+        keep.roll(1, 0) + 0.5,
+        keep.roll(1, 1) + 0.5,
+        keep.roll(1, 2) + 0.5,
+    ):
         agreement = float((keep * (other.double() - 0.5)).mean()) * 4
         assert abs(agreement) <= 5 / math.sqrt(keep.numel())
     assert torch.equal(kept(0.5, 11), kept(0.5, 11))
-    assert torch.equal(kept(0.5, 11)[:, :, 40:, 4:], kept(0.5, 11, (2, 3, 120, 144))[:, :, 40:, 4:140])
+    assert torch.equal(
+        kept(0.5, 11)[:, :, 40:, 4:], kept(0.5, 11, (2, 3, 120, 144))[:, :, 40:, 4:140]
+    )
 
 
 def test_dropout_drops_probabilities_and_divides() -> None:

@@ -248,6 +248,7 @@ IN_PLACE: dict[str, Function] = {
     "mul_": lambda w: w.mul_(3.0),
     "*=": lambda w: operator.imul(w, 2.0),
     "div_": lambda w: w.div_(4.0),
+    "**=": lambda w: operator.ipow(w, 2),
     "exp_": lambda w: w.exp_(),
     "clamp_": lambda w: w.clamp_(min=0.5),
     "fill_": lambda w: w.fill_(2.0),
@@ -323,9 +324,10 @@ def test_in_place_with_other_entries_raises(
         lambda w, x: w.cumsum_(0),
         lambda w, x: torch.matmul(x, x.mT, out=w),
         lambda w, x: F.dropout(w, 0.5, inplace=True),
-        lambda w, x: operator.ipow(w, 2),
+        lambda w, x: operator.ifloordiv(w, 2),
+        lambda w, x: operator.imod(w, 2),
     ],
-    ids=["setitem", "cumsum_", "out", "inplace", "pow"],
+    ids=["setitem", "cumsum_", "out", "inplace", "//=", "%="],
 )
 def test_other_writes_raise(write: Function, small: sl.BSRTensor) -> None:
     before = small.to_dense()

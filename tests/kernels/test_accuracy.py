@@ -1,0 +1,129 @@
+"""The comparison that judges all kernels, judged itself: right results pass, wrong ones are red."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.accuracy import (
+    DENSE,
+    Arithmetic,
+    Measure,
+    as_results,
+    check_call,
+    reference_of,
+    zeros_by_definition,
+)
+from tests.kernels.cases import OPS, Call
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# in each some entries are zero by definition, and the operands are neither few nor tiny
+NAMES = {"block_attention": "transposed", "block_attention_backward": "transposed"}
+by_op = pytest.mark.parametrize("op", sorted(OPS))
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@functools.cache
+def measured(op: str, dtype: torch.dtype) -> Measure:
+    """What judges the results of :func:`example`."""
+    return Measure(op, example(op, dtype)[0])
+
+
+@functools.cache
+def example(op: str, dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
+    """A call and what the op's reference returns for it; neither is to be changed."""
+    case = next(c for c in OPS[op] if c.name == NAMES.get(op, "partial"))
+    call = case.build(dtype, "cpu")
+    return call, list(as_results(reference_of(op)(*call.args, **call.kwargs)))
+
+
+@by_op
+@by_dtype
+def test_the_reference_passes(op: str, dtype: torch.dtype) -> None:
+    call, results = example(op, dtype)
+    check_call(op, call, tuple(results))
+    measured(op, dtype).check(tuple(results))
+
+
+@by_op
+@by_dtype
+def test_float32_accumulation_passes(op: str, dtype: torch.dtype) -> None:
+    call, _ = example(op, dtype)
+    work = torch.promote_types(dtype, torch.float32)
+    check_call(op, call, DENSE[op](Arithmetic(dtype, work), *call.args, **call.kwargs))
+
+
+def one_percent_more(t: Tensor) -> None:
+    t.mul_(1.01)
+
+
+def largest_entry_negated(t: Tensor) -> None:
+    t.view(-1)[t.abs().masked_fill(t.isinf(), 0.0).argmax()] *= -1
+
+
+def one_nan(t: Tensor) -> None:
+    t.view(-1)[t.numel() // 2] = math.nan
+
+
+def first_half_forgotten(t: Tensor) -> None:
+    t.view(-1)[: t.numel() // 2] = 0.0
+
+
+def noise_of_bfloat16(t: Tensor) -> None:
+    t.copy_(t.bfloat16() * (1 + 2**-8))
+
+
+WRONGS = [one_percent_more, largest_entry_negated, one_nan, first_half_forgotten, noise_of_bfloat16]
+
+
+@by_op
+@by_dtype
+@pytest.mark.parametrize("spoil", WRONGS, ids=lambda spoil: spoil.__name__)
+def test_a_wrong_result_is_red(
+    op: str, dtype: torch.dtype, spoil: Callable[[Tensor], None]
+) -> None:
+    _, results = example(op, dtype)
+    for i, right in enumerate(results):
+        if spoil is noise_of_bfloat16 and right.dtype == torch.bfloat16:
+            continue  # that is how far apart its numbers are
+        wrong = right.contiguous().clone()
+        spoil(wrong)
+        with pytest.raises(AssertionError, match=f"result {i}"):
+            measured(op, dtype).check((*results[:i], wrong, *results[i + 1 :]))
+
+
+@by_op
+def test_what_is_zero_by_definition_is_checked(op: str) -> None:
+    call, results = example(op, torch.float32)
+    assert any(zeros is not None for zeros in zeros_by_definition(op, call))
+    for i, zeros in enumerate(zeros_by_definition(op, call)):
+        if zeros is None:
+            continue
+        where = zeros.expand_as(results[i])
+        assert where.any(), "the example has no such entry"
+        leaking = results[i].clone()
+        leaking[where] = 1e-30
+        with pytest.raises(AssertionError, match="0 by definition"):
+            measured(op, torch.float32).check((*results[:i], leaking, *results[i + 1 :]))
+
+
+def test_minus_infinity_is_checked() -> None:
+    call, (out, lse) = example("block_attention", torch.float32)
+    assert lse.isneginf().any()
+    with pytest.raises(AssertionError, match="-inf is in the wrong place"):
+        check_call("block_attention", call, (out, lse.masked_fill(lse.isneginf(), 0.0)))
+
+
+def test_shape_and_dtype_are_checked() -> None:
+    call, (out,) = example("block_matmul", torch.float32)
+    with pytest.raises(AssertionError, match="shape"):
+        check_call("block_matmul", call, out[..., :-1])
+    with pytest.raises(AssertionError, match=r"torch\.float64, not torch\.float32"):
+        check_call("block_matmul", call, out.double())
+    with pytest.raises(AssertionError, match="2 results, not 1"):
+        check_call("block_matmul", call, (out, out))

@@ -1,0 +1,156 @@
+"""The benchmarks run, check before they measure, and say what holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparse_layouts as sl
+from benchmarks import cpu, gpu
+from benchmarks.__main__ import cells, main
+from benchmarks.timing import Row, WrongResult, check_error, selected
+from sparse_layouts.measuring import Timing
+
+QUICK = ["--quick", "--device", "cpu", "--threads", str(torch.get_num_threads())]
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> None:
+    """The command sets torch's threads; the other tests keep theirs."""
+    QUICK[-1] = str(torch.get_num_threads())
+
+
+def test_quick_run_measures_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QUICK, "--out", str(tmp_path / "bench")]) == 0
+    found = json.loads((tmp_path / "bench" / "benchmarks.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in found["rows"]] != []
+    assert {row["name"] for row in found["rows"]} == set(cpu.NAMES)
+    assert {"date", "commit", "versions", "devices", "threads", "load_average"} <= set(found)
+    for row in found["rows"]:
+        assert row["timing"]["median_s"] > 0, row["name"]
+        assert row["density"] is not None
+        assert row["bar"] is None  # small sizes are held to none
+        if row["unit"] == "x":
+            assert row["error"] <= 2 * row["dense_error"] + 1e-2
+            assert row["flops"] > 0
+            assert row["measured"] == pytest.approx(next(iter(row["ratios"].values())))
+    out = capsys.readouterr().out
+    assert "attention bf16 block 64" in out
+    assert "attention bf16 block 64" in (tmp_path / "bench" / "benchmarks.txt").read_text()
+
+
+def test_only_some_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QUICK, "--only", "matmul fp32", "--only", "explain"]) == 0
+    out = capsys.readouterr().out
+    assert "matmul fp32 block 64" in out
+    assert "explain" in out
+    assert "attention fp32" not in out
+
+
+def test_a_wrong_kernel_gets_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    @sl.kernel("block_matmul", name="wrong")
+    def wrong(values, pattern, x, *, transposed_output=False):  # type: ignore[no-untyped-def]
+        return x.new_zeros(*x.shape[:2], pattern.shape[0], x.shape[-1])
+
+    try:
+        code = main([*QUICK, "--only", "matmul", "--only", "call", "--out", str(tmp_path)])
+    finally:
+        wrong.unregister()
+    assert code == 1
+    rows = json.loads((tmp_path / "benchmarks.json").read_text(encoding="utf-8"))["rows"]
+    assert len(rows) == 3
+    for row in rows:
+        assert "relative error 1.00e+00 against float64" in row["wrong"]
+        assert row["timing"] is None
+        assert row["measured"] is None
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_wrong_command_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for arguments, message in (
+        (["--only", "no such row"], "no row contains 'no such row'; --list names them"),
+        (["--threads", "0"], "--threads: at least 1, got 0"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([*QUICK, "--out", str(tmp_path / "file" / "bench")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_list_names_rows_and_measures_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines() == cpu.NAMES
+
+
+@pytest.mark.parametrize("error", [1e-3, float("nan"), float("inf")])
+def test_an_error_beyond_the_dtype_is_found(error: float) -> None:
+    check_error("x", 1.9e-7, 1e-7, torch.float32)
+    with pytest.raises(WrongResult, match=r"x: relative error .* against float64"):
+        check_error("x", error, 1e-7, torch.float32)
+
+
+def timing(seconds: float) -> Timing:
+    return Timing(seconds, 0.9 * seconds, 1.1 * seconds, 5)
+
+
+def test_bars() -> None:
+    row = Row("a", "cpu", bar=2.0, timing=timing(1.0), rivals={"dense": timing(3.0)}, flop=1e9)
+    assert row.holds is None  # not measured
+    row.measured = row.ratios["dense"]
+    assert row.holds
+    assert cells(row)[1:] == ["", "1 s ±10%", "1", "3.00x dense 3 s", ">= 2x", "yes"]
+    row.measured = 1.5
+    assert row.holds is False
+    slow = Row("b", "cpu", unit="us", bar=60.0, timing=timing(1e-4), measured=70.0)
+    assert slow.holds is False
+    slow.measured = 50.0
+    assert slow.holds
+    assert cells(slow)[-2:] == ["<= 60 us", "yes"]
+
+
+def test_selection() -> None:
+    names = ["a 1", "a 2", "b"]
+    assert selected(names, []) == names
+    assert selected(names, ["a"]) == ["a 1", "a 2"]
+    assert selected(names, ["2", "b"]) == ["a 2", "b"]
+
+
+@pytest.mark.parametrize("heads", [2, 8, 32])
+def test_the_formula_of_the_references_is_the_pattern(heads: int) -> None:
+    mask = sl.local_stride(
+        300, block_size=16, local_blocks=2, vert_stride=8, num_heads=heads
+    ).to_dense()
+    step = max(1, 8 // heads)
+    two = [0, heads - 1]
+    rows = cpu.local_stride_rows(100, 300, 300, 16, 2, 8, two, step)
+    assert torch.equal(rows, mask[two, 100:])
+    case = gpu.AttentionCase("A", 1, heads, 300, 64, 16, 2, 8)
+    assert torch.equal(gpu.stored_rows(case, heads - 1, 100, 300, "cpu"), mask[-1, 100:])
+
+
+def test_gpu_rows_have_names() -> None:
+    assert gpu.names(False)[:2] == ["A1 forward", "A1 backward"]
+    assert len(gpu.names(False)) == 12
+
+
+def test_a_rival_that_fails_is_a_note() -> None:
+    def broken() -> None:
+        raise RuntimeError("no such kernel\nand a long story")
+
+    assert gpu.attempt(broken) == ("RuntimeError: no such kernel", None)
+    assert gpu.attempt(lambda: 3) == ("", 3)
+
+
+@pytest.mark.gpu
+def test_quick_run_on_a_gpu(tmp_path: Path) -> None:
+    assert main(["--quick", "--device", "cuda", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "benchmarks.json").read_text(encoding="utf-8"))["rows"]
+    assert {row["name"] for row in rows} == set(gpu.names(True))
+    for row in rows:
+        assert row["timing"]["median_s"] > 0, row["name"]
