@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -85,11 +86,18 @@ def check_error(what: str, error: float, dense_error: float, dtype: torch.dtype)
 
 
 def guarded(name: str, device: str, measure: Callable[..., list[Row]], *args: Any) -> list[Row]:
-    """`measure(*args)`, or a row that says what was wrong: the others are still worth measuring."""
+    """`measure(*args)`, or a row that says what went wrong: the others are still worth measuring.
+
+    That is so for every exception. The traceback of one that is no :class:`WrongResult` goes to stderr.
+    """
     try:
         return measure(*args)
     except WrongResult as error:
         return [Row(name, device, wrong=str(error))]
+    except Exception as error:
+        traceback.print_exc()
+        first = (str(error).strip().splitlines() or [""])[0]
+        return [Row(name, device, wrong=f"{type(error).__name__}: {first}")]
 
 
 def per_call(function: Callable[[], Any], calls: int) -> Callable[[], None]:

@@ -59,11 +59,9 @@ def gather(dense: Tensor, pattern: BlockPattern) -> Tensor:
         where = torch.empty_like(where).index_copy(0, p.row_slots.long(), where)
     row, column = where.div(max(nb, 1), rounding_mode="floor"), where % max(nb, 1)
     pattern_of, row = row.div(max(mb, 1), rounding_mode="floor"), row % max(mb, 1)
-    values = blocks[:, pattern_of, row, :, column].transpose(
-        0, 1
-    )  # the indexed dimension comes first
-    mask = entry_mask(p)
-    return values.contiguous() if mask is None else values.masked_fill(~mask, 0)
+    values = blocks[:, pattern_of, row, :, column]  # the indexed dimension comes first
+    values, mask = values.transpose(0, 1).contiguous(), entry_mask(p)
+    return values if mask is None else values.masked_fill(~mask, 0)
 
 
 def entry_mask(pattern: BlockPattern) -> Tensor | None:

@@ -109,24 +109,22 @@ def dense_causal_attention(
     dense bool mask, broadcastable to (B, H, stop - start, N). Returns `(out,)`, or with the
     gradient `dout` of the output `(out, dq, dk, dv)`.
     """
-    q, k, v = (t.detach().to(dtype).requires_grad_(dout is not None) for t in (q, k, v))
-    n = q.shape[-2]
+    q, k, v = (t.detach().to(dtype) for t in (q, k, v))
+    # Gradients of the slices are added up in float64, so that slicing costs a narrow dtype nothing.
+    dq, dk, dv = (torch.zeros_like(t, dtype=torch.float64) for t in (q, k, v))
     slices = []
-    for start in range(0, n, rows_at_once):
-        stop = min(start + rows_at_once, n)
-        out = F.scaled_dot_product_attention(
-            q[..., start:stop, :],
-            k[..., :stop, :],
-            v[..., :stop, :],
-            attn_mask=stored(start, stop)[..., :stop],
-        )
+    for start in range(0, q.shape[-2], rows_at_once):
+        stop = min(start + rows_at_once, q.shape[-2])
+        parts = [q[..., start:stop, :], k[..., :stop, :], v[..., :stop, :]]
         if dout is not None:
-            out.backward(dout[..., start:stop, :].to(dtype))
+            parts = [t.detach().requires_grad_() for t in parts]
+        own = stored(start, stop)[..., :stop]
+        out = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], attn_mask=own)
         slices.append(out.detach())
+        if dout is not None:
+            given = dout[..., start:stop, :].to(dtype)
+            dq[..., start:stop, :], more_dk, more_dv = torch.autograd.grad(out, parts, given)
+            dk[..., :stop, :] += more_dk
+            dv[..., :stop, :] += more_dv
     whole = torch.cat(slices, -2)
-    if dout is None:
-        return (whole,)
-    assert q.grad is not None
-    assert k.grad is not None
-    assert v.grad is not None
-    return whole, q.grad, k.grad, v.grad
+    return (whole,) if dout is None else (whole, dq, dk, dv)

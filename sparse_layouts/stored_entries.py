@@ -37,7 +37,7 @@ _BOOKKEEPING = (
     "detach detach_ clone requires_grad_ retain_grad backward register_hook "
     "register_post_accumulate_grad_hook size dim ndimension numel nelement stride element_size "
     "is_contiguous contiguous is_floating_point is_complex is_same_size to cpu cuda float double "
-    "half bfloat16 type_as pin_memory is_pinned is_shared share_memory_ record_stream get_device "
+    "half bfloat16 int long short char byte bool type_as pin_memory is_pinned is_shared share_memory_ record_stream get_device "
     "has_names __len__ __hash__ _has_compatible_shallow_copy_type storage_offset __bool__ "
     "is_inference is_conj is_neg is_nonzero is_signed is_set_to _is_view _typed_storage "
     "untyped_storage data_ptr"
@@ -77,8 +77,8 @@ def keeps_layout(function: Callable[..., Any]) -> bool:
     """Whether torch's own function may be applied to a layout as it is, to act on its stored
     entries.
     """
-    if function in _KEPT or isinstance(function, torch._ops.HigherOrderOperator):
-        return True  # the latter: our own autograd functions, under transforms of torch.func
+    if function in _KEPT:
+        return True
     name = getattr(function, "__name__", "")
     return name in ("__get__", "__set__", "__delete__") and function not in _MAKES_TENSOR
 
@@ -315,16 +315,29 @@ def over_lists(func: Any, args: Any, kwargs: Any) -> Any:
     """
     lead: Any = next(a for a in args if isinstance(a, (list, tuple)) and layouts_of(a))
     like = list(lead)
+    fused = func._schema.name.startswith("aten::_fused_")
+    reordered: list[tuple[Tensor, Tensor]] = []
+
+    def entries(value: Any, layout: Any) -> Any:
+        values, first = _values_of(value, layout, func), layout.stored_values
+        if not fused or values.dim() == 0 or values.stride() == first.stride():
+            return values
+        # fused kernels walk through memory, whatever the strides
+        made = first.new_empty_strided(first.shape, first.stride(), dtype=values.dtype)
+        reordered.append((values, made.copy_(values)))
+        return made
 
     def unwrap(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return [
-                _values_of(v, like[i], func) if i < len(like) and isinstance(like[i], Layout) else v
+                entries(v, like[i]) if i < len(like) and isinstance(like[i], Layout) else v
                 for i, v in enumerate(value)
             ]
         return value
 
     out = func(*map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()})
+    for values, made in reordered:
+        values.copy_(made)
     if func._schema.is_mutable:
         for layout in like:
             if isinstance(layout, Layout):

@@ -69,6 +69,22 @@ def test_a_wrong_kernel_gets_no_number(tmp_path: Path, capsys: pytest.CaptureFix
     assert "WRONG" in capsys.readouterr().out
 
 
+def test_a_kernel_that_raises_costs_its_own_rows_only(capsys: pytest.CaptureFixture[str]) -> None:
+    @sl.kernel("block_matmul", name="broken")
+    def broken(values, pattern, x, *, transposed_output=False):  # type: ignore[no-untyped-def]
+        raise RuntimeError("no registers left")
+
+    try:
+        code = main([*QUICK, "--only", "matmul fp32", "--only", "build"])
+    finally:
+        broken.unregister()
+    assert code == 1
+    out, err = capsys.readouterr()
+    assert "RuntimeError: no registers left" in " ".join(out.split())
+    assert "build local_stride" in out
+    assert "Traceback" in err
+
+
 def test_wrong_command_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for arguments, message in (
         (["--only", "no such row"], "no row contains 'no such row'; --list names them"),

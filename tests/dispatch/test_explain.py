@@ -29,7 +29,11 @@ class NothingRuns(TorchDispatchMode):
     """Raises when an operator is reached that computes: anything but a view of a dense operand."""
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         assert func.is_view, f"{func} ran"
         return func(*args, **(kwargs or {}))
@@ -106,7 +110,12 @@ def test_a_missing_route(w: sl.BSRTensor) -> None:
     assert said.route is None
     assert said.kernel == "dense fallback"
     assert said.dense_bytes == 64 * 64 * 4
-    for part in ("torch.cumsum has no sparse", "@sl.route(torch.cumsum", "16.0 KiB", "policy 'warn'"):
+    for part in (
+        "torch.cumsum has no sparse",
+        "@sl.route(torch.cumsum",
+        "16.0 KiB",
+        "policy 'warn'",
+    ):
         assert part in repr(said)
     with sl.fallback("error"):
         assert "policy 'error'" in repr(sl.explain(torch.cumsum, w, 0))
@@ -138,7 +147,11 @@ def test_no_kernel_left(w: sl.BSRTensor) -> None:
     try:
         said = sl.explain(torch.matmul, w, X)
         assert said.kernel == "dense fallback"
-        for part in ("no kernel, dense fallback", "works on cuda tensors", "Densifying costs 16.0 KiB"):
+        for part in (
+            "no kernel, dense fallback",
+            "works on cuda tensors",
+            "Densifying costs 16.0 KiB",
+        ):
             assert part in repr(said)
     finally:
         KERNELS.rows["block_matmul"] = rows
@@ -202,7 +215,19 @@ def nasty_kernel() -> Iterator[str]:
 def test_html_is_escaped(w: sl.BSRTensor, nasty_kernel: str) -> None:
     for shown in (sl.explain(torch.matmul, w, X), sl.table(), sl.explain(torch.cumsum, w, 0)):
         page = Tags(shown._repr_html_())
-        assert page.seen <= {"div", "p", "b", "pre", "code", "table", "thead", "tbody", "tr", "th", "td"}
+        assert page.seen <= {
+            "div",
+            "p",
+            "b",
+            "pre",
+            "code",
+            "table",
+            "thead",
+            "tbody",
+            "tr",
+            "th",
+            "td",
+        }
     page = Tags(sl.explain(torch.matmul, w, X)._repr_html_())
     assert nasty_kernel in page.data
     assert "<b>bold</b>" in page.data

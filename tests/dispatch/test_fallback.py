@@ -115,7 +115,9 @@ def test_more_than_is_free_raises_under_every_policy(
     monkeypatch.setattr(fallback_module, "free_bytes", lambda device: 64 * 64 * 4 - 1)
     with (
         sl.fallback(policy),
-        pytest.raises(sl.DenseFallbackError, match=r"needs 16\.0 KiB, and 16\.0 KiB are free on cpu"),
+        pytest.raises(
+            sl.DenseFallbackError, match=r"needs 16\.0 KiB, and 16\.0 KiB are free on cpu"
+        ),
     ):
         torch.cumsum(w, 0)
     monkeypatch.setattr(fallback_module, "free_bytes", lambda device: 64 * 64 * 4)
@@ -129,9 +131,7 @@ def test_free_memory_is_known_here() -> None:
     assert fallback_module.free_bytes("mps") is None
 
 
-def test_every_layout_of_the_call_counts(
-    w: sl.BSRTensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_layout_of_the_call_counts(w: sl.BSRTensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fallback_module, "free_bytes", lambda device: 2 * 64 * 64 * 4 - 1)
     with sl.fallback("allow"), pytest.raises(sl.DenseFallbackError, match=r"32\.0 KiB"):
         torch.cat([w, w])

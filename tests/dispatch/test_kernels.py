@@ -28,7 +28,9 @@ def made_up_op() -> Iterator[str]:
     register_kernel(
         op, "special", "nowhere:at_all", lambda f: None if f.dtype == torch.float64 else "only f64"
     )
-    register_kernel(op, "general", lambda: "ran", lambda f: None if f.device == "cpu" else "only cpu")
+    register_kernel(
+        op, "general", lambda: "ran", lambda f: None if f.device == "cpu" else "only cpu"
+    )
     yield op
     KERNELS.rows.pop(op)
     KERNELS.chosen.clear()
@@ -79,7 +81,9 @@ def test_facts(w: sl.BSRTensor) -> None:
 # --- @sl.kernel -------------------------------------------------------------------------------------
 
 
-def sevens(values: Tensor, pattern: object, x: Tensor, *, transposed_output: bool = False) -> Tensor:
+def sevens(
+    values: Tensor, pattern: object, x: Tensor, *, transposed_output: bool = False
+) -> Tensor:
     return x.new_full((x.shape[0], x.shape[1], pattern.shape[0], x.shape[-1]), 7.0)
 
 
@@ -87,7 +91,9 @@ def sevens(values: Tensor, pattern: object, x: Tensor, *, transposed_output: boo
 def own_kernel() -> Iterator[Callable[..., Tensor]]:
     """A kernel of block_matmul for float32 whose results are recognised."""
 
-    @sl.kernel("block_matmul", requires=lambda f: None if f.dtype == torch.float32 else "float32 only")
+    @sl.kernel(
+        "block_matmul", requires=lambda f: None if f.dtype == torch.float32 else "float32 only"
+    )
     def my_kernel(
         values: Tensor, pattern: object, x: Tensor, *, transposed_output: bool = False
     ) -> Tensor:
@@ -152,7 +158,9 @@ def test_a_choice_that_cannot_take_the_call_raises(w: sl.BSRTensor) -> None:
     with (
         sl.kernel_choice(block_matmul="triton"),
         sl.fallback("allow"),
-        pytest.raises(NotImplementedError, match=r"'triton' that was asked for cannot: works on cuda"),
+        pytest.raises(
+            NotImplementedError, match=r"'triton' that was asked for cannot: works on cuda"
+        ),
     ):
         w @ X
 

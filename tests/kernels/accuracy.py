@@ -1,9 +1,10 @@
 """How wrong a kernel may be: derived, for every call, from what torch loses on the same inputs.
 
-The measuring stick is the op's reference in float64 on the rounded inputs. Two dense computations in torch say what is
-lost on the way: `dense_torch`, every step in the inputs' dtype, as dense torch does it, and `accumulated`, every step
-in float32 and only the factors of products rounded to the inputs' dtype, as tensor cores want them. A kernel may err at
-most twice as much as either of them, and a few eps of the dtype in which it adds up.
+The measuring stick is the op's reference in float64 on the rounded inputs. Two dense computations
+in torch say what is lost on the way: `dense_torch`, every step in the inputs' dtype, as dense torch
+does it, and `accumulated`, every step in float32 and only the factors of products rounded to the
+inputs' dtype, as tensor cores want them. A kernel may err at most twice as much as either of them,
+and a few eps of the dtype in which it adds up.
 """
 
 from __future__ import annotations
@@ -47,11 +48,13 @@ def as_results(returned: Any) -> Results:
     return returned if isinstance(returned, tuple) else (returned,)
 
 
-# --- dense torch, step by step ----------------------------------------------------------------------------------------
+# --- dense torch, step by step --------------------------------------------------------------------
 
 
 class Arithmetic:
-    """Products of factors in `dtype`, added up in float32 (float64 for float64); everything else in `work`."""
+    """Products of factors in `dtype`, added up in float32 (float64 for float64); everything else in
+    `work`.
+    """
 
     def __init__(self, dtype: torch.dtype, work: torch.dtype) -> None:
         self.dtype, self.work = dtype, work
@@ -102,7 +105,9 @@ def dense_block_softmax_backward(
 
 
 class DenseAttention:
-    """Scores and probabilities of a call of attention, (B, H, Nq, N); backward has them from the forward's logsumexp."""
+    """Scores and probabilities of a call of attention, (B, H, Nq, N); backward has them from the
+    forward's logsumexp.
+    """
 
     def __init__(
         self,
@@ -223,7 +228,7 @@ DENSE = {
 }
 
 
-# --- what is zero by definition ---------------------------------------------------------------------------------------
+# --- what is zero by definition -------------------------------------------------------------------
 
 
 def zeros_by_definition(op: str, call: Call) -> Results:
@@ -249,21 +254,24 @@ def zeros_by_definition(op: str, call: Call) -> Results:
     return no_keys, no_queries, no_queries, own
 
 
-# --- the comparison ---------------------------------------------------------------------------------------------------
+# --- the comparison -------------------------------------------------------------------------------
 
 
 def norms(t: Tensor) -> dict[str, float]:
-    """The Euclidean norm, which all entries share, and the largest entry, which one wrong entry cannot hide from."""
+    """The Euclidean norm, which all entries share, and the largest entry, which one wrong entry
+    cannot hide from.
+    """
     if t.numel() == 0:
         return {"norm": 0.0, "largest": 0.0}
     return {"norm": float(t.norm()), "largest": float(t.abs().max())}
 
 
 def lost_by_torch(op: str, call: Call) -> list[dict[str, float] | None]:
-    """For every result the smaller error of the two dense computations, by norm and by largest entry.
+    """For every result the smaller error of the two dense computations, by norm and by largest
+    entry.
 
-    In float64 nothing better is there to compare with: then it is what float32 loses, scaled to float64's eps, and what
-    the reference, which errs there too, loses beside it.
+    In float64 nothing better is there to compare with: then it is what float32 loses, scaled to
+    float64's eps, and what the reference, which errs there too, loses beside it.
     """
     if call.dtype == torch.float64:
         call = call.map(Tensor.float)

@@ -1,8 +1,8 @@
 """Inputs for every op's kernels: patterns, operands and their strides, in any dtype on any device.
 
-The kernel suite, the GPU tests and the benchmarks build their inputs here:
-`from tests.kernels.cases import OPS`. An op's cases are found by its name; a new kernel of a known op needs nothing
-here, a new op an entry in `OPS`.
+The kernel suite, the GPU tests and the benchmarks build their inputs here: `from
+tests.kernels.cases import OPS`. An op's cases are found by its name; a new kernel of a known op
+needs nothing here, a new op an entry in `OPS`.
 """
 
 from __future__ import annotations
@@ -87,15 +87,16 @@ def random_source(name: str) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
 
-# --- patterns ---------------------------------------------------------------------------------------------------------
+# --- patterns -------------------------------------------------------------------------------------
 
 
 class Stored(NamedTuple):
     """Which blocks a pattern stores.
 
-    `blocks`: "some" (40%), "none", "gaps" (one block row and one block column without any), "all" or "causal" (by token,
-    aligned at the end). `tiles` makes half of the blocks partial, and the first block row one partial block with empty
-    rows; `counts` counts blocks up to three times. `transposed` describes the other half of `transpose_pattern`.
+    `blocks`: "some" (40%), "none", "gaps" (one block row and one block column without any), "all"
+    or "causal" (by token, aligned at the end). `tiles` makes half of the blocks partial, and the
+    first block row one partial block with empty rows; `counts` counts blocks up to three times.
+    `transposed` describes the other half of `transpose_pattern`.
     """
 
     shape: tuple[int, int]
@@ -175,13 +176,15 @@ def moved(pattern: BlockPattern, device: Device) -> BlockPattern:
     return BlockPattern(*tensors, *pattern[10:])  # type: ignore[arg-type]
 
 
-# --- operands ---------------------------------------------------------------------------------------------------------
+# --- operands -------------------------------------------------------------------------------------
 
 
 def laid_out(t: Tensor, how: str) -> Tensor:
-    """`t` with other strides: "plain", "mT", "step" (`[..., ::2]`), "offset" (not aligned), "heads_last", "expand_<dim>".
+    """`t` with other strides: "plain", "mT", "step" (`[..., ::2]`), "offset" (not aligned),
+    "heads_last", "expand_<dim>".
 
-    What lies between the entries of "step" is NaN. An expanded tensor repeats the first index of that dimension.
+    What lies between the entries of "step" is NaN. An expanded tensor repeats the first index of
+    that dimension.
     """
     if how == "mT":
         return t.mT.contiguous().mT
@@ -234,14 +237,16 @@ def unread(pattern: BlockPattern) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-# --- block_matmul, sddmm, block_softmax -------------------------------------------------------------------------------
+# --- block_matmul, sddmm, block_softmax -----------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockCase:
-    """What the ops on values share; `width` is the dense operand's free size (matmul) or the contracted one (sddmm).
+    """What the ops on values share; `width` is the dense operand's free size (matmul) or the
+    contracted one (sddmm).
 
-    `poison` puts NaN where no stored block reads; `share` gives values a batch of one; `factor` scales scores.
+    `poison` puts NaN where no stored block reads; `share` gives values a batch of one; `factor`
+    scales scores.
     """
 
     name: str
@@ -259,7 +264,9 @@ class BlockCase:
     def begin(
         self, op: str, dtype: torch.dtype, device: Device
     ) -> tuple[Operands, BlockPattern, Tensor]:
-        """The generator of operands, the pattern, and values (B or 1, S, bm, bn), 0 where nothing is stored."""
+        """The generator of operands, the pattern, and values (B or 1, S, bm, bn), 0 where nothing
+        is stored.
+        """
         random = random_source(f"{op} {self.name}")
         make = Operands(random, dtype, device)
         pattern = make_pattern(self.stored, random, device)
@@ -357,16 +364,17 @@ def build_block_softmax_backward(case: BlockCase, dtype: torch.dtype, device: De
     return Call((grad, laid_out(out, case.values), pattern), {"log": case.flip})
 
 
-# --- block_attention --------------------------------------------------------------------------------------------------
+# --- block_attention ------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCase:
     """Operands of attention.
 
-    `heads_read`: which list set a head reads: "one" (all the first), "own" (head by head), "kv" (by KV head) or "sample" (drawn for
-    every sample and head). `bias`: None, "shared" (by heads that share a pattern, and by samples) or "own". `poison` puts NaN into k and v where
-    no head reads. `how` gives the strides of q, k, v and dout. `queries` below the mask's rows are its last ones.
+    `heads_read`: which list set a head reads: "one" (all the first), "own" (head by head), "kv" (by
+    KV head) or "sample" (drawn for every sample and head). `bias`: None, "shared" (by heads that
+    share a pattern, and by samples) or "own". `poison` puts NaN into k and v where no head reads.
+    `how` gives the strides of q, k, v and dout. `queries` below the mask's rows are its last ones.
     """
 
     name: str
@@ -459,7 +467,9 @@ class AttentionCase:
 
 
 def own_slots(pattern: BlockPattern, head_map: Tensor) -> tuple[Tensor, int]:
-    """(B or 1, H) int64 and their number: slots that no head and, with a pattern a sample, no sample shares."""
+    """(B or 1, H) int64 and their number: slots that no head and, with a pattern a sample, no
+    sample shares.
+    """
     lengths = (pattern.crow_indices[:, -1] - pattern.crow_indices[:, 0]).long()
     lengths = lengths[head_map.long()]
     ends = lengths.flatten().cumsum(0).view(lengths.shape)

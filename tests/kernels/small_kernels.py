@@ -1,4 +1,6 @@
-"""Triton kernels that tests need of their own: philox as Triton draws it, and two that must not pass the compile check."""
+"""Triton kernels that tests need of their own: philox as Triton draws it, and two that must not
+pass the compile check.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every Triton kernel compiles without a GPU, in every configuration, and fits the machine.
 
-`make test` compiles one configuration of each `@triton.jit` function that is launched (marker `aot`), `make test-aot` the
-others (`aot_all`), under two versions of Triton.
+`make test` compiles one configuration of each `@triton.jit` function that is launched (marker
+`aot`), `make test-aot` the others (`aot_all`), under two versions of Triton.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def compilations_of(name: str) -> tuple[Compilation, ...]:
 
 
 def every_compilation(first: bool) -> list[Any]:
-    """(configuration, capability): with `first`, the first of each function that the capability admits, else the others."""
+    """(configuration, capability): with `first`, the first of each function that the capability
+    admits, else the others.
+    """
     if not HAS_TRITON or INTERPRETED:
         return []
     params = []
@@ -65,7 +67,9 @@ def every_compilation(first: bool) -> list[Any]:
 
 
 def compile_and_check(compilation: Compilation, capability: int) -> str:
-    """The PTX of a configuration; AssertionError where a program takes more shared memory than it can have."""
+    """The PTX of a configuration; AssertionError where a program takes more shared memory than it
+    can have.
+    """
     compiled = compilation.compile(capability)
     taken, there = compiled.metadata.shared, SHARED_MEMORY_BYTES[capability]
     assert taken <= there, f"{compilation.name}: {taken} bytes of shared memory, of {there}"
@@ -73,7 +77,9 @@ def compile_and_check(compilation: Compilation, capability: int) -> str:
 
 
 def check_tensor_cores(compilation: Compilation, ptx: str) -> None:
-    """On Hopper 16-bit products go through wgmma: `mma.sync` reaches little more than half of its speed."""
+    """On Hopper 16-bit products go through wgmma: `mma.sync` reaches little more than half of its
+    speed.
+    """
     is_16_bit = any(kind in ("*bf16", "*fp16") for kind in compilation.signature.values())
     by_warp = "mma.sync" in ptx
     assert not (is_16_bit and by_warp), f"{compilation.name}: products by warp, not by warpgroup"
@@ -93,11 +99,13 @@ def test_configuration_compiles(compilation: Compilation, capability: int) -> No
     compile_and_check(compilation, capability)
 
 
-# --- nothing is left out ----------------------------------------------------------------------------------------------
+# --- nothing is left out --------------------------------------------------------------------------
 
 
 def launched_kernels(module: ModuleType) -> set[str]:
-    """Names that the module's code launches: `name[grid](...)`, where `name` is a jit function of the module."""
+    """Names that the module's code launches: `name[grid](...)`, where `name` is a jit function of
+    the module.
+    """
     tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
     names = {
@@ -143,7 +151,7 @@ def test_every_triton_row_is_compiled() -> None:
     assert triton_modules <= set(module_names())
 
 
-# --- the check can fail -----------------------------------------------------------------------------------------------
+# --- the check can fail ---------------------------------------------------------------------------
 
 
 def squared(size: int, num_warps: int = 4) -> Compilation:

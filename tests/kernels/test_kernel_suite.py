@@ -1,7 +1,8 @@
 """Every row of the kernel table against its op's reference in float64, by discovery.
 
-CPU rows run in any process. Triton rows run in its interpreter on CPU tensors (fp32 and fp16: it computes bf16 wrongly) and,
-with every dtype, on the GPU. A row takes a case where its `requires` holds.
+CPU rows run in any process. Triton rows run in its interpreter on CPU tensors (fp32 and fp16: it
+computes bf16 wrongly) and, with every dtype, on the GPU. A row takes a case where its `requires`
+holds.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ def kernel_that_forgets(call: Call, op: str) -> Any:
 def test_the_comparison_sees_an_unwritten_entry(op: str, poisoned_empty: None) -> None:
     call = OPS[op][0].build(torch.float32, "cpu")
     check_call(op, call, reference_of(op)(*call.args, **call.kwargs))
-    with pytest.raises(AssertionError, match="1 of .* NaN"):
+    with pytest.raises(AssertionError, match=r"1 of .* NaN"):
         check_call(op, call, kernel_that_forgets(call, op))
 
 

@@ -1,6 +1,8 @@
-"""The ops as users call them: results and gradients, no dense fallback; on a GPU also compiled, captured and without waiting.
+"""The ops as users call them: results and gradients, no dense fallback; on a GPU also compiled,
+captured and without waiting.
 
-The dense computation in float64 is the measuring stick, dense torch in the same dtype says how wrong a result may be.
+The dense computation in float64 is the measuring stick, dense torch in the same dtype says how
+wrong a result may be.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ DTYPES = {
 
 
 class Example(NamedTuple):
-    """A call: `sparse(*leaves)`, what `dense` computes with the densified leaves, and the output's gradient."""
+    """A call: `sparse(*leaves)`, what `dense` computes with the densified leaves, and the output's
+    gradient.
+    """
 
     leaves: list[Tensor]
     sparse: Callable[..., Tensor]

@@ -228,7 +228,9 @@ def test_slices_of_masks(mask: sl.BSRTensor) -> None:
     assert torch.equal(cut.to_dense(), mask.to_dense()[index])
 
 
-@pytest.mark.parametrize("index", [0, -1, (slice(1, None),), (1, slice(4, 8)), (slice(None), slice(4))])
+@pytest.mark.parametrize(
+    "index", [0, -1, (slice(1, None),), (1, slice(4, 8)), (slice(None), slice(4))]
+)
 def test_heads_by_index(index: object, random_blocks: Callable[..., Tensor]) -> None:
     w = sl.bsr(random_blocks(3), (4, 8))
     equal_heads = sl.bsr_mask((torch.rand(2, 6, 5) < 0.5)[[0, 1, 0]], (4, 8))
@@ -250,10 +252,10 @@ def test_samples_by_index(index: object, random_blocks: Callable[..., Tensor]) -
     assert torch.equal(chosen.to_dense(), w.to_dense()[index])
 
 
-@pytest.mark.parametrize("index", [(slice(1, None),), (0, 1), (slice(None, None, 2),), (None,)], ids=str)
-def test_other_indices_are_dense_and_say_so(
-    index: tuple[object, ...], small: sl.BSRTensor
-) -> None:
+@pytest.mark.parametrize(
+    "index", [(slice(1, None),), (0, 1), (slice(None, None, 2),), (None,)], ids=str
+)
+def test_other_indices_are_dense_and_say_so(index: tuple[object, ...], small: sl.BSRTensor) -> None:
     with pytest.warns(sl.DenseFallbackWarning, match=r"Tensor\.__getitem__"):
         cut = small[index]
     assert type(cut) is Tensor
@@ -429,7 +431,11 @@ def test_values_do_not_become_bool(layout: sl.LayoutTensor) -> None:
 def test_to_meta_and_empty(layout: sl.LayoutTensor) -> None:
     on_meta = layout.to("meta")
     assert type(on_meta) is type(layout)
-    assert (on_meta.device.type, on_meta.shape, on_meta.dtype) == ("meta", layout.shape, layout.dtype)
+    assert (on_meta.device.type, on_meta.shape, on_meta.dtype) == (
+        "meta",
+        layout.shape,
+        layout.dtype,
+    )
     assert "meta" in repr(on_meta)
     assert all(t is None or t.device.type == "meta" for t in on_meta.inner_tensors())
 

@@ -257,7 +257,18 @@ def test_gradcheck_through_the_dense_leaf(block_layout: sl.BSRTensor) -> None:
         lambda w: w.values(),
         lambda w: w.mT.values(),
     ],
-    ids=["softmax", "log_softmax", "columns", "arith", "mT", "slice", "sum", "norm", "values", "flip"],
+    ids=[
+        "softmax",
+        "log_softmax",
+        "columns",
+        "arith",
+        "mT",
+        "slice",
+        "sum",
+        "norm",
+        "values",
+        "flip",
+    ],
 )
 def test_gradcheck_of_functions(
     function: Callable[[sl.BSRTensor], Tensor], small: sl.BSRTensor
@@ -280,7 +291,10 @@ def test_gradcheck_of_bsr_and_sddmm() -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_double_backward_of_a_product(side: str) -> None:
     pattern = sl.bsr_mask(torch.tensor([[1, 0], [1, 1], [0, 0]], dtype=torch.bool), 2)
-    dense, x = rand(6, 4, grad=True), rand(4, 3, grad=True) if side == "left" else rand(3, 6, grad=True)
+    dense, x = (
+        rand(6, 4, grad=True),
+        rand(4, 3, grad=True) if side == "left" else rand(3, 6, grad=True),
+    )
 
     def product(dense: Tensor, x: Tensor) -> Tensor:
         w = dense.sparse_mask(pattern)

@@ -250,7 +250,11 @@ class LargestTensor(TorchDispatchMode):
         self.bytes = 0
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         for made in out if isinstance(out, (tuple, list)) else [out]:
@@ -310,9 +314,7 @@ RAGGED: dict[str, Callable[[], sl.BSRTensor]] = {
     "window": lambda: sl.sliding_window(30, block_size=8, window=5, causal=False),
     "documents": lambda: sl.document([0, 7, 30], block_size=8),
     "random": lambda: sl.mask_from(torch.rand(30, 30) < 0.2, 8),
-    "heads": lambda: sl.local_stride(
-        30, block_size=8, local_blocks=1, vert_stride=2, num_heads=4
-    ),
+    "heads": lambda: sl.local_stride(30, block_size=8, local_blocks=1, vert_stride=2, num_heads=4),
     "one head": lambda: sl.mask_from(torch.rand(1, 30, 30) < 0.2, 8),
     "samples": lambda: sl.document([[0, 7, 30], [0, 16, 30]], block_size=8),
     "nothing": lambda: sl.mask_from(torch.zeros(30, 30, dtype=torch.bool), 8),
@@ -386,7 +388,10 @@ def changed(tensor: Tensor, at: Any, value: int) -> Tensor:
 
 
 BREAKS: dict[str, tuple[Callable[[BlockPattern], BlockPattern], str]] = {
-    "dtype": (lambda p: p._replace(col_indices=p.col_indices.long()), "col_indices: expected int32"),
+    "dtype": (
+        lambda p: p._replace(col_indices=p.col_indices.long()),
+        "col_indices: expected int32",
+    ),
     "device": (lambda p: p._replace(tiles=p.tiles.to("meta")), "tiles is on meta"),
     "rows": (
         lambda p: p._replace(crow_indices=p.crow_indices[:, :-1]),
@@ -421,7 +426,9 @@ BREAKS: dict[str, tuple[Callable[[BlockPattern], BlockPattern], str]] = {
         "col_indices: expected values from 0 to 2, got -1",
     ),
     "unsorted": (
-        lambda p: p._replace(col_indices=changed(p.col_indices, [1, 2], torch.tensor([1, 0]).int())),
+        lambda p: p._replace(
+            col_indices=changed(p.col_indices, [1, 2], torch.tensor([1, 0]).int())
+        ),
         r"col_indices: expected strictly ascending",
     ),
     "twice": (
@@ -538,9 +545,7 @@ def test_any_mask_makes_the_round_trip(drawn: tuple[Tensor, tuple[int, int]]) ->
 
 
 @given(dense_masks(), st.integers(0, 2**16))
-def test_any_values_make_the_round_trip(
-    drawn: tuple[Tensor, tuple[int, int]], seed: int
-) -> None:
+def test_any_values_make_the_round_trip(drawn: tuple[Tensor, tuple[int, int]], seed: int) -> None:
     dense, block = drawn
     mask = sl.mask_from(dense, block)
     x = torch.from_numpy(np.random.default_rng(seed).standard_normal(dense.shape))
