@@ -88,7 +88,7 @@ def check_error(what: str, error: float, dense_error: float, dtype: torch.dtype)
 def guarded(name: str, device: str, measure: Callable[..., list[Row]], *args: Any) -> list[Row]:
     """`measure(*args)`, or a row that says what went wrong: the others are still worth measuring.
 
-    That is so for every exception. The traceback of one that is no :class:`WrongResult` goes to stderr.
+    That is so for every exception; of one that is no :class:`WrongResult`, stderr has the trace.
     """
     try:
         return measure(*args)

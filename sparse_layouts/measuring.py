@@ -107,7 +107,7 @@ def dense_causal_attention(
 
     q, k, v (B, H, N, D), computed in `dtype`; `stored(start, stop)` gives rows start..stop of the
     dense bool mask, broadcastable to (B, H, stop - start, N). Returns `(out,)`, or with the
-    gradient `dout` of the output `(out, dq, dk, dv)`.
+    gradient `dout` of the output `(out, dq, dk, dv)`, the gradients in float64.
     """
     q, k, v = (t.detach().to(dtype) for t in (q, k, v))
     # Gradients of the slices are added up in float64, so that slicing costs a narrow dtype nothing.

@@ -1,7 +1,7 @@
 """Python's operators on a layout, as calls of torch functions.
 
-torch's own operator slots swallow a `TypeError`: `w @ x.double()` would say no more than "unsupported operand types", and `w += dense`
-would silently become `w = w + dense`, which is dense.
+torch's own operator slots swallow a `TypeError`: `w @ x.double()` would say no more than
+"unsupported operand types", and `w += dense` would silently become `w = w + dense`, which is dense.
 """
 
 from __future__ import annotations

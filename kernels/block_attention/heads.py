@@ -113,7 +113,7 @@ def sum_shared(
 def _shared_slots(
     blocks: int, bias_base: Tensor, pattern: BlockPattern, heads: int
 ) -> tuple[Tensor, ...]:
-    """Of every slot of a bias with `blocks` slots: the own slots that add to it, one tensor each."""
+    """Of every slot of a bias with `blocks` slots, the own slots that add to it; a tensor each."""
     own = own_slots(pattern, heads)
     assert own.base is not None
     lengths = (pattern.crow_indices[:, -1] - pattern.crow_indices[:, 0]).long()

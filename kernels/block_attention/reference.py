@@ -211,7 +211,9 @@ def _own_bias(
             crow = p.crow_indices[head_map[b % head_map.shape[0], h]]
             count = int(crow[-1] - crow[0])
             start, to = int(base[b % base.shape[0], h]), int(dbase[b % dbase.shape[0], h])
-            own[b % samples, to : to + count] = bias[b % max(bias.shape[0], 1), start : start + count]
+            own[b % samples, to : to + count] = bias[
+                b % max(bias.shape[0], 1), start : start + count
+            ]
     return own
 
 

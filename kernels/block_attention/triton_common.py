@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.tile_schedule import TileSchedule
 
 MAX_HEAD_DIM = 256
@@ -181,28 +182,6 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def unsupported(
-    device_type: str,
-    capability: tuple[int, int] | None,
-    dtype: torch.dtype,
-    head_dim: int,
-    block_size: tuple[int, int],
-) -> str | None:
-    """Why the Triton attention kernels do not take a case, or None."""
-    if device_type != "cuda":
-        return f"needs a CUDA device, got {device_type}"
-    if capability is not None and capability < (8, 0):
-        return f"needs compute capability 8.0 or later, got {capability[0]}.{capability[1]}"
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"needs bfloat16, float16 or float32, got {str(dtype).removeprefix('torch.')}"
-    if head_dim > MAX_HEAD_DIM:
-        return f"needs a head size of at most {MAX_HEAD_DIM}, got {head_dim}"
-    for size in block_size:
-        if size < 16 or size & (size - 1):
-            return f"needs block sizes that are powers of two from 16, got {tuple(block_size)}"
-    return None
-
-
 def tma_ready(x: Tensor) -> bool:
     """Whether descriptors can read `x` (B, H, N, D): Hopper, whole rows, 16-byte strides."""
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (9, 0):
@@ -334,3 +313,49 @@ def variants() -> Iterator[Variant]:
     yield Variant(16, 64, fp16, counts=True, bias=True, dropout=True)
     for head_dim in (128, 256):
         yield Variant(64, head_dim, bf16, shared_kb=99)
+
+
+def backward_compilations(
+    kernel: Any,
+    table: list[tuple[int, int, int, int, Tiles]],
+    streamed: tuple[str, str],
+    streamed_length: Callable[[Tiles], int],
+) -> Iterator[Compilation]:
+    """Every tile of one backward kernel's table, and every feature once.
+
+    `streamed` names the two operands that come tile by tile, `streamed_length` their tile's length.
+    """
+    for case in variants():
+        d, kind = padded_head_dim(case.head_dim), TYPE_NAMES[case.dtype]
+        tiles = choose(table, case.dtype.itemsize, d, case.block, case.shared_kb)
+        length = streamed_length(tiles)
+        if case.tma and case.block < length:
+            continue
+        constexprs = case.absent() | {
+            "BM": case.block,
+            "BN": case.block,
+            "D": d,
+            "DV": d,
+            "PRECISION": precision(case.dtype),
+            "TMA": case.tma,
+            "STAGES": tiles.num_stages,
+            "TM": tiles.rows,
+            "TN": tiles.columns,
+        }
+        if not case.bias and "dbias_ptr" in kernel.arg_names:
+            constexprs |= {"dbias_ptr": None, "dbias_base_ptr": None}
+        descriptor = f"tensordesc<{kind}[1, 1, {length}, {d}]>" if case.tma else f"*{kind}"
+        terms = f"tensordesc<fp32[1, 1, {length}]>" if case.tma and "q" in streamed else "*fp32"
+        plain = ("q_ptr", "k_ptr", "v_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
+        given = dict.fromkeys((*plain, "bias_ptr", "dbias_ptr"), f"*{kind}")
+        given |= dict.fromkeys(streamed, descriptor)
+        given |= {"lse2": terms, "delta": terms, "log_counts_ptr": "*fp32"}
+        given |= dict.fromkeys(("bias_base_ptr", "dbias_base_ptr", "seed_ptr"), "*i64")
+        yield Compilation(
+            f"{kernel.__name__}-{case.name}",
+            kernel,
+            signature(kernel, given, constexprs),
+            constexprs,
+            {"num_warps": tiles.num_warps},
+            case.min_capability,
+        )

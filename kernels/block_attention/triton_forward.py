@@ -34,7 +34,6 @@ from sparse_layouts.kernels.block_attention.triton_common import (
     stored_entries,
     tile_descriptor,
     tma_ready,
-    unsupported,
     variants,
 )
 
@@ -303,17 +302,6 @@ def launch_forward(
         num_warps=tiles.num_warps,
     )
     return out, lse
-
-
-def requires(
-    device_type: str,
-    capability: tuple[int, int] | None,
-    dtype: torch.dtype,
-    head_dim: int,
-    block_size: tuple[int, int],
-) -> str | None:
-    """None, or why this kernel does not take a case."""
-    return unsupported(device_type, capability, dtype, head_dim, block_size)
 
 
 def compilations() -> Iterator[Compilation]:

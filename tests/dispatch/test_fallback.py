@@ -1,4 +1,4 @@
-"""The dense fallback: when it warns, what it says, when it is refused, and settings on other threads."""
+"""The dense fallback: when it warns, what it says, when it is refused; settings and threads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def stub_in(message: str) -> str:
     return "\n".join(line[indent:] for line in lines[first : first + 3])
 
 
-# --- policies ---------------------------------------------------------------------------------------
+# --- policies -------------------------------------------------------------------------------------
 
 
 def test_warn_says_what_is_missing_and_what_it_costs(w: sl.BSRTensor) -> None:
@@ -105,7 +105,7 @@ def test_an_unknown_policy() -> None:
     assert current().policy == "warn"
 
 
-# --- memory -----------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", ["warn", "error", "allow"])
@@ -145,7 +145,7 @@ def test_a_missing_kernel_larger_than_memory_raises(
         w @ torch.ones(64, 2)
 
 
-# --- the stub to paste ------------------------------------------------------------------------------
+# --- the stub to paste ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_missing_kernel_gives_every_reason(w: sl.BSRTensor) -> None:
         KERNELS.chosen.clear()
 
 
-# --- what never falls back --------------------------------------------------------------------------
+# --- what never falls back ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", ["warn", "allow"])
@@ -247,7 +247,7 @@ def test_arguments_in_lists_and_keywords_are_found(w: sl.BSRTensor) -> None:
     assert torch.equal(keyed, 2 * torch.eye(64))
 
 
-# --- settings and threads ---------------------------------------------------------------------------
+# --- settings and threads -------------------------------------------------------------------------
 
 
 def test_another_thread_has_the_defaults_until_restored() -> None:

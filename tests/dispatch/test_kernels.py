@@ -78,7 +78,7 @@ def test_facts(w: sl.BSRTensor) -> None:
     assert hash(facts) == hash(facts_of(torch.zeros(2).half(), block_size=(4, 8), head_dim=3))
 
 
-# --- @sl.kernel -------------------------------------------------------------------------------------
+# --- @sl.kernel -----------------------------------------------------------------------------------
 
 
 def sevens(
@@ -142,7 +142,7 @@ def test_a_kernel_that_raises_is_an_error(w: sl.BSRTensor) -> None:
     assert torch.equal(w @ X, X)
 
 
-# --- kernel_choice ----------------------------------------------------------------------------------
+# --- kernel_choice --------------------------------------------------------------------------------
 
 
 def test_choice_by_name(w: sl.BSRTensor, own_kernel: Callable[..., Tensor]) -> None:

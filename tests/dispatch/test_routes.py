@@ -13,8 +13,7 @@ from torch import Tensor
 import sparse_layouts as sl
 from sparse_layouts.dispatch.faces import name_of
 
-
-# --- the worked example: scipy's compressed columns -------------------------------------------------
+# --- the worked example: scipy's compressed columns -----------------------------------------------
 
 
 class ColumnsTensor(sl.LayoutTensor):
@@ -95,7 +94,7 @@ def test_everything_else_falls_back_with_gradients(columns: ColumnsTensor) -> No
     torch.testing.assert_close(columns.grad.to_dense(), dense.grad * stored)
 
 
-# --- registering ------------------------------------------------------------------------------------
+# --- registering ----------------------------------------------------------------------------------
 
 
 def test_a_second_registration_names_both_places(routed: Callable[..., Tensor]) -> None:
@@ -156,7 +155,7 @@ def test_wrong_registrations(
     assert repr(sl.table()) == before
 
 
-# --- which route is taken ---------------------------------------------------------------------------
+# --- which route is taken -------------------------------------------------------------------------
 
 
 def test_a_subclass_inherits_and_the_most_special_route_wins(columns: ColumnsTensor) -> None:

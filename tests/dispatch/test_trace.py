@@ -51,7 +51,7 @@ def test_fallbacks_are_recorded_with_their_bytes(w: sl.BSRTensor) -> None:
         ("torch.cumsum", "dense fallback", "cpu", "float32", 64 * 64 * 4)
     ]
     assert len(steps) == 1
-    assert steps[0] is list(steps)[0]
+    assert steps[0] is next(iter(steps))
 
 
 def test_a_trace_ends_with_its_block_and_the_inner_one_records(w: sl.BSRTensor) -> None:

@@ -314,7 +314,7 @@ def finite(t: Tensor) -> Tensor:
 def check_result(
     what: str, got: Tensor, exact: Tensor, lost: dict[str, float], zeros: Tensor | None = None
 ) -> None:
-    """Raises AssertionError unless `got` is as close to `exact` as what dense torch lost explains."""
+    """Raises AssertionError unless `got` is as close to `exact` as torch's own losses allow."""
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
     wrong = int((got.isneginf() != exact.isneginf()).sum())
     assert not wrong, f"{what}: -inf is in the wrong place {wrong} times"
@@ -336,7 +336,7 @@ def check_result(
 
 
 class Measure:
-    """What the results of one call are compared with; made once, it judges any number of kernels."""
+    """What one call's results are compared with; made once, it judges any number of them."""
 
     def __init__(self, op: str, call: Call) -> None:
         call = call.map(lambda t: t.nan_to_num(0.0))  # NaN stands only where nothing may be read

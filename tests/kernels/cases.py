@@ -414,7 +414,7 @@ class AttentionCase:
         return self._build(dtype, device)[0]
 
     def build_backward(self, dtype: torch.dtype, device: Device) -> Call:
-        """A call of block_attention_backward; the forward's results are the reference's, rounded."""
+        """A call of the backward op; the forward's results are the reference's, rounded."""
         forward, make = self._build(dtype, device)
         clean = forward.map(lambda t: t.double().nan_to_num(0.0))
         out, lse = attention_reference.block_attention(*clean.args, **clean.kwargs)

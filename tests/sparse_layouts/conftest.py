@@ -35,7 +35,7 @@ class DiagonalTensor(sl.LayoutTensor):
         return torch.diag(self.inner_entries)
 
 
-# --- values -----------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 def dense_blocks(*lead: int, keep: float = 0.5, block: tuple[int, int] = (4, 8)) -> Tensor:
@@ -85,7 +85,7 @@ LOCAL_STRIDE_VALUES: dict[str, Make] = {
     "heads": lambda: on_mask(shared_heads().own_heads()),
 }
 
-# --- masks ------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 BSR_MASKS: dict[str, Make] = {
     "blocks": lambda: sl.bsr_mask(torch.rand(6, 5) < 0.5, (4, 8)),

@@ -1,4 +1,4 @@
-"""Bad input: the exception's type, and that its message says what was expected, what came, what to do."""
+"""Bad input: the exception, and a message that says expected, got and what to do."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_both_factors_get_gradients(small: sl.BSRTensor, assert_close: Check) ->
     assert_close(small.grad, own.grad.sparse_mask(small.detach()))
 
 
-# --- sums, norms, dropout ---------------------------------------------------------------------------
+# --- sums, norms, dropout -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keepdim", [False, True])
@@ -241,7 +241,7 @@ def test_dropout(layout: sl.LayoutTensor, assert_close: Check) -> None:
         assert 0 < kept.sum() < (layout.to_dense() != 0).sum()
 
 
-# --- in place ---------------------------------------------------------------------------------------
+# --- in place -------------------------------------------------------------------------------------
 
 IN_PLACE: dict[str, Function] = {
     "add_": lambda w: w.add_(1.5),
@@ -366,7 +366,7 @@ def test_a_leaf_that_needs_a_gradient_is_not_written(layout: sl.LayoutTensor) ->
         layout.requires_grad_().mul_(2.0)
 
 
-# --- softmax ----------------------------------------------------------------------------------------
+# --- softmax --------------------------------------------------------------------------------------
 
 
 def softmax_of_stored(layout: sl.BSRTensor, dense: Tensor, dim: int, log: bool) -> Tensor:

@@ -43,7 +43,7 @@ def share_pattern(a: sl.LayoutTensor, b: sl.LayoutTensor) -> bool:
     return all(x is y for x, y in zip(a.inner_tensors()[1:], b.inner_tensors()[1:], strict=True))
 
 
-# --- discovery --------------------------------------------------------------------------------------
+# --- discovery ------------------------------------------------------------------------------------
 
 
 def test_every_layout_has_examples(find_layouts_without_examples: Callable[[], list[str]]) -> None:
@@ -61,7 +61,7 @@ def test_a_layout_without_examples_is_found(
     gc.collect()
 
 
-# --- dense, and back --------------------------------------------------------------------------------
+# --- dense, and back ------------------------------------------------------------------------------
 
 
 def test_round_trip(layout: sl.LayoutTensor) -> None:
@@ -150,7 +150,7 @@ def test_other_forms_of_masks(mask: sl.BSRTensor) -> None:
     check_other_forms(mask)
 
 
-# --- views ------------------------------------------------------------------------------------------
+# --- views ----------------------------------------------------------------------------------------
 
 
 def test_transposed_twice_is_the_same(block_layout: sl.BSRTensor) -> None:
@@ -277,7 +277,7 @@ def test_views_share_values_with_their_base(small: sl.BSRTensor) -> None:
     assert not small.to_dense().any()
 
 
-# --- copies -----------------------------------------------------------------------------------------
+# --- copies ---------------------------------------------------------------------------------------
 
 
 def test_detach_shares_everything(layout: sl.LayoutTensor) -> None:
@@ -327,7 +327,7 @@ def test_deepcopy_of_a_result_raises(small: sl.BSRTensor) -> None:
         copy.deepcopy(result)
 
 
-# --- files ------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ def test_load_state_dict_between_dense_and_layout(small: sl.BSRTensor) -> None:
     assert torch.equal(sparse.weight.to_dense(), small.to_dense())
 
 
-# --- dtypes and devices -----------------------------------------------------------------------------
+# --- dtypes and devices ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -460,7 +460,7 @@ def test_module_conversions_keep_the_parameter(layout: sl.LayoutTensor) -> None:
     assert torch.equal(model[0].to_dense(), layout.half().float().to_dense())
 
 
-# --- what it says of itself -------------------------------------------------------------------------
+# --- what it says of itself -----------------------------------------------------------------------
 
 
 def test_repr(layout: sl.LayoutTensor) -> None:

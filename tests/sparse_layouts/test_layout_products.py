@@ -1,4 +1,4 @@
-"""Products of a layout and a dense operand, under every name that torch has for them, with gradients."""
+"""Products of a layout and a dense operand, under every name of torch's, with gradients."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_infinities_stay_in_their_rows(small: sl.BSRTensor) -> None:
     assert bool(result[~touched].isfinite().all())
 
 
-# --- derivatives by finite differences --------------------------------------------------------------
+# --- derivatives by finite differences ------------------------------------------------------------
 
 
 def test_gradcheck_through_the_dense_leaf(block_layout: sl.BSRTensor) -> None:

@@ -1,4 +1,4 @@
-"""Training a layout: optimizers, clipping, autocast, checkpointing, functional calls, compiled code."""
+"""Training a layout: optimizers, clipping, autocast, checkpoints, transforms, compiled code."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_autograd_grad(small: sl.BSRTensor) -> None:
     assert leaf.grad is None
 
 
-# --- autocast, checkpoint, functional calls ---------------------------------------------------------
+# --- autocast, checkpoint, functional calls -------------------------------------------------------
 
 
 def test_autocast(small: sl.BSRTensor) -> None:
@@ -276,7 +276,7 @@ def test_func_grad_of_a_layout_raises(
         torch.func.grad(function)(small)
 
 
-# --- compiled code ----------------------------------------------------------------------------------
+# --- compiled code --------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Masks: exact by token against dense formulas, their algebra, their invariants, and what building costs."""
+"""Masks: exact by token against dense formulas; algebra, invariants, what building costs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check(mask: sl.BSRTensor, expected: Tensor) -> None:
     assert mask.nnz == int(expected.sum())
 
 
-# --- factories --------------------------------------------------------------------------------------
+# --- factories ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block", [1, 8, 16, 64])
@@ -225,7 +225,7 @@ def test_local_stride(options: dict[str, Any], n: int) -> None:
     check(mask, local_stride_formula(n, 4, **options))
 
 
-# --- equal heads, and what building costs -----------------------------------------------------------
+# --- equal heads, and what building costs ---------------------------------------------------------
 
 
 def test_equal_heads_are_stored_once() -> None:
@@ -307,7 +307,7 @@ def test_long_masks_grow_with_what_they_store(make: Callable[[int], sl.BSRTensor
     assert second < 9 * first  # linear in the length, where a matrix of blocks would take 64
 
 
-# --- algebra ----------------------------------------------------------------------------------------
+# --- algebra --------------------------------------------------------------------------------------
 
 RAGGED: dict[str, Callable[[], sl.BSRTensor]] = {
     "causal": lambda: sl.causal(30, block_size=8),
@@ -356,11 +356,11 @@ def test_counts_in_the_algebra() -> None:
         expected = dense_counts(counted.block_pattern) * plain.to_dense()
         assert torch.equal(dense_counts(both.block_pattern), expected.int())
     with pytest.raises(ValueError, match=r"both masks count.*without_counts"):
-        counted & counted
+        _ = counted & counted
     with pytest.raises(ValueError, match=r"no meaning in a union.*without_counts"):
-        counted | plain
+        _ = counted | plain
     with pytest.raises(ValueError, match=r"no meaning in a complement.*without_counts"):
-        ~counted
+        _ = ~counted
     check(sl.without_counts(counted) | plain, counted.to_dense() | plain.to_dense())
 
 
@@ -372,7 +372,7 @@ def test_equal_heads_stay_shared() -> None:
     assert (heads & window).shape == (8, 64, 64)
 
 
-# --- invariants -------------------------------------------------------------------------------------
+# --- invariants -----------------------------------------------------------------------------------
 
 
 def pattern_with_everything() -> BlockPattern:
@@ -519,7 +519,7 @@ def test_validate_finds_broken_values() -> None:
         broken.validate()
 
 
-# --- properties -------------------------------------------------------------------------------------
+# --- properties -----------------------------------------------------------------------------------
 
 
 @st.composite
