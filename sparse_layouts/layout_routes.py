@@ -204,7 +204,10 @@ def norm_of_entries(
     dtype = rest.pop("dtype", None)
     if any(value is not None for value in rest.values()):
         return NotImplemented
-    return torch.linalg.vector_norm(values_of(input), order, dtype=dtype)
+    values = values_of(input)
+    if not values.numel() and input.numel():
+        order = 2  # all zeros: torch has no maximum of nothing
+    return torch.linalg.vector_norm(values, order, dtype=dtype)
 
 
 def _softmax_densely(

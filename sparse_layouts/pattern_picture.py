@@ -31,7 +31,7 @@ class Panel(NamedTuple):
 
 
 def svg(layout: LayoutTensor, *, caption: str | None = None, max_panels: int = 8) -> str:
-    """The pattern as an inline `<svg>`: the fuller a cell, the darker; a panel a different head.
+    """The pattern as an inline `<svg>`: the fuller a cell, the stronger; a panel a different head.
 
     A cell is one block, several where there are more than 64 block rows or columns, one entry where
     there are at most 64 entries. Shades are relative to the fullest cell, which the caption (by
@@ -52,7 +52,7 @@ def svg(layout: LayoutTensor, *, caption: str | None = None, max_panels: int = 8
     panels, more, unit = panels_of(layout, max(1, max_panels))
     fullest = max((float(p.density.max()) for p in panels if p.density.numel()), default=0.0)
     if caption is None:
-        shades = f"the darkest {fullest:.0%} stored" if fullest else "nothing is stored"
+        shades = f"the fullest one {fullest:.0%} stored" if fullest else "nothing is stored"
         caption = f"{_title(layout)}; {unit}, {shades}"
     if more:
         caption += f"; {more} more patterns not drawn"

@@ -22,7 +22,7 @@ Make = Callable[[], sl.LayoutTensor]
 
 
 class DiagonalTensor(sl.LayoutTensor):
-    """A user's own layout, as short as one can be: only the fallback and the base class serve it."""
+    """A user's own layout, as short as can be: only the fallback and the base class serve it."""
 
     fields = ("entries",)
 
