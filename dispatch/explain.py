@@ -74,7 +74,8 @@ class Explanation:
         if self.native:
             return "kept by every layout: works on the stored entries"
         assert self.route is not None
-        return f"route {self.route}  [{self.route.handler.__qualname__}, {self.route.place}]"
+        handler = self.route.handler
+        return f"route {self.route}  [{handler.__module__}:{handler.__qualname__}]"
 
     def _cost(self) -> str:
         return (

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.dispatch import dense_bytes, facts_of, permit, record, route
-from sparse_layouts.layout_autograd import as_layout, sampled, values_of, with_values
+from sparse_layouts.layout_autograd import apply, as_layout, sampled, values_of, with_values
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.mask_algebra import select
 
@@ -50,7 +50,7 @@ def transpose_blocks(input: BSRTensor, dim0: int, dim1: int) -> Any:
         differentiable = torch.is_grad_enabled() and input.requires_grad
     if {dim0 % dims, dim1 % dims} != {dims - 1, dims - 2}:
         return NotImplemented
-    return Transpose.apply(input) if differentiable else input.transposed()
+    return apply(Transpose, input) if differentiable else input.transposed()
 
 
 @route(torch.Tensor.__getitem__, input=BSRTensor)

@@ -178,10 +178,10 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
         >>> sl.bsr(torch.eye(32), block_size=16).to_dense().sum()
         tensor(32.)
         """
-        from sparse_layouts.layout_autograd import ToDense
+        from sparse_layouts.layout_autograd import ToDense, apply
 
         if torch.is_grad_enabled() and self.requires_grad:
-            dense = ToDense.apply(self)
+            dense = apply(ToDense, self)
         else:
             dense = self.to_dense_entries()
         return dense if dtype is None else dense.to(dtype)

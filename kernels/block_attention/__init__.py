@@ -32,6 +32,7 @@ from sparse_layouts.dispatch import (
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.block_attention import heads, reference
 from sparse_layouts.kernels.block_attention.checks import check_attention
+from sparse_layouts.layout_autograd import apply
 
 OP, BACKWARD = "block_attention", "block_attention_backward"
 _HERE = "sparse_layouts.kernels.block_attention"
@@ -241,7 +242,7 @@ def attend(
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     wanted = any(t is not None and t.requires_grad for t in (q, k, v, bias))
     if torch.is_grad_enabled() and wanted:
-        out, lse = BlockAttention.apply(q, k, v, bias, mask, scale, dropout_p, seed)
+        out, lse = apply(BlockAttention, q, k, v, bias, mask, scale, dropout_p, seed)
     else:
         out, lse = BlockAttention.forward(q, k, v, bias, mask, scale, dropout_p, seed)
     if len(shape) < 3:

@@ -119,6 +119,8 @@ def _dense_bias(bias: Tensor, base: Tensor, p: BlockPattern, head_map: Tensor) -
     """(B or 1, H, M, N) of bias values, 0 where nothing is stored; differentiable."""
     (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
     rows = torch.arange(mb, device=bias.device)
+    if bias.shape[0] == 0:
+        return bias.new_zeros(1, head_map.shape[1], m, n)
     batches = []
     for b in range(max(bias.shape[0], head_map.shape[0])):
         values = bias[b % max(bias.shape[0], 1)]

@@ -29,7 +29,7 @@ from sparse_layouts.dispatch import (
 )
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.block_matmul import reference
-from sparse_layouts.layout_autograd import as_layout
+from sparse_layouts.layout_autograd import apply, as_layout
 from sparse_layouts.layout_routes import transpose_blocks
 
 OP = "block_matmul"
@@ -206,7 +206,7 @@ def autocast(layout: Any, *dense: Any) -> tuple[Any, ...]:
 def product(layout: BSRTensor, x: Tensor, transposed_output: bool = False) -> Tensor:
     """`W @ x` of checked operands (x at least 2-D), differentiable."""
     if torch.is_grad_enabled() and (x.requires_grad or layout.requires_grad):
-        return BlockMatmul.apply(layout, x, transposed_output)
+        return apply(BlockMatmul, layout, x, transposed_output)
     return BlockMatmul.forward(layout, x, transposed_output)
 
 

@@ -29,7 +29,7 @@ from sparse_layouts.dispatch import (
 )
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.block_softmax import reference
-from sparse_layouts.layout_autograd import as_layout
+from sparse_layouts.layout_autograd import apply, as_layout
 from sparse_layouts.layout_routes import transpose_blocks
 
 OP, BACKWARD = "block_softmax", "block_softmax_backward"
@@ -126,7 +126,7 @@ def _softmax(layout: BSRTensor, dim: int, dtype: torch.dtype | None, log: bool) 
     if axis == layout.dim() - 2:
         return transpose_blocks(_softmax(transpose_blocks(layout, -2, -1), -1, None, log), -2, -1)
     if torch.is_grad_enabled() and layout.requires_grad:
-        return BlockSoftmax.apply(layout, log)
+        return apply(BlockSoftmax, layout, log)
     return BlockSoftmax.forward(layout, log)
 
 

@@ -28,7 +28,7 @@ from sparse_layouts.dispatch import (
 )
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.sddmm import reference
-from sparse_layouts.layout_autograd import as_layout
+from sparse_layouts.layout_autograd import apply, as_layout
 from sparse_layouts.layout_routes import transpose_blocks
 
 OP = "sddmm"
@@ -160,7 +160,7 @@ def sddmm(a: Tensor, b: Tensor, mask: BSRTensor) -> BSRTensor:
 def _sddmm(a: Tensor, b: Tensor, mask: BSRTensor) -> BSRTensor:
     check(a, b, mask)
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        return SDDMM.apply(a, b, mask.detach())
+        return apply(SDDMM, a, b, mask.detach())
     return sampled_product(a, b, mask)
 
 

@@ -34,12 +34,6 @@ MARKS = {
 }
 
 
-# What is known to be wrong, by op and case: strict, so that a repair turns it red.
-KNOWN: dict[tuple[str, str], str] = {
-    ("block_attention_backward", "batch_0_bias"): "the reference indexes the bias of a batch of 0",
-}
-
-
 def rows() -> list[Kernel]:
     """The rows of every op."""
     assert sl.table()
@@ -80,12 +74,6 @@ def every_run() -> tuple[tuple[Kernel, Case, torch.dtype, str], ...]:
     )
 
 
-def known(op: str, case: Case) -> tuple[pytest.MarkDecorator, ...]:
-    """The expected failure of a case, if there is one."""
-    reason = KNOWN.get((op, case.name))
-    return () if reason is None else (pytest.mark.xfail(strict=True, reason=reason),)
-
-
 def parametrized(*names: str) -> pytest.MarkDecorator:
     """Over every run, or over those whose case is named."""
     runs = [
@@ -94,7 +82,7 @@ def parametrized(*names: str) -> pytest.MarkDecorator:
             case,
             dtype,
             "cuda" if mode == "gpu" else "cpu",
-            marks=(*MARKS[mode], *known(row.op, case)),
+            marks=MARKS[mode],
             id=f"{row.op}-{row.name}-{mode}-{case.name}-{str(dtype).removeprefix('torch.')}",
         )
         for row, case, dtype, mode in every_run()

@@ -184,8 +184,6 @@ def test_block_attention_is_sdpa_with_a_dense_mask(case: Case) -> None:
 
 @cases("block_attention_backward")
 def test_block_attention_backward_is_the_formula(case: Case) -> None:
-    if case.name == "batch_0_bias":
-        pytest.xfail("the reference indexes the bias of a batch of 0")
     call = in_double(case)
     got = attention.block_attention_backward(*call.args, **call.kwargs)
     arithmetic = Arithmetic(torch.float64, torch.float64)
