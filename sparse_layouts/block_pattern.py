@@ -8,7 +8,6 @@ blocks); a matrix of blocks is never made.
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -302,7 +301,13 @@ def from_progressions(
     ends = flat.cumsum(0)
     starts = torch.stack([start.long().expand(patterns, mb) for start, _, _ in parts], -1)
     steps = torch.stack(
-        [torch.as_tensor(step, device=device).expand(patterns, mb) for _, step, _ in parts], -1
+        [
+            step.expand(patterns, mb)
+            if isinstance(step, Tensor)
+            else torch.full((patterns, mb), step, device=device)
+            for _, step, _ in parts
+        ],
+        -1,
     )
     # column = start + step * (entry - first entry of the part); with the first entry folded into
     # the start
@@ -448,7 +453,13 @@ def _equal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(first, device=device), torch.tensor(kind, device=device)
 
 
-@functools.cache
-def causal_tile(bm: int, bn: int) -> Tensor:
-    """The packed diagonal tile (1, bm, words) of a causal mask, on the CPU."""
-    return pack_tiles(torch.ones(1, bm, bn, dtype=torch.bool).tril())
+def causal_tile(bm: int, bn: int, device: torch.device) -> Tensor:
+    """The packed diagonal tile (1, bm, words) of a causal mask."""
+    return pack_tiles(torch.ones(1, bm, bn, dtype=torch.bool, device=device).tril())
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small CPU tensor on `device`; by way of pinned memory, so that a GPU is not waited for."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

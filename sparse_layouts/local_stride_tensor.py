@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparse_layouts.block_pattern import build_pattern, causal_tile, from_progressions
+from sparse_layouts.block_pattern import build_pattern, causal_tile, from_progressions, send
 from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.mask_factories import Device, checked_length, square_block
 
@@ -130,20 +130,20 @@ def local_stride(
     crow, col = from_progressions(segments, device=on)
     ids = tiles = None
     if causal and n:
-        tiles = causal_tile(b, b).to(on)
+        tiles = causal_tile(b, b, on)
         # the diagonal block, the last of every row that has it
         ids = torch.zeros(col.shape[0], dtype=torch.int32, device=on)
         last = (crow[:, 1:] - 1).flatten().long()
         if local > 0:
-            ids[last] = 1
-        else:  # without local blocks a row may end before its diagonal, or be empty
+            ids.index_fill_(0, last, 1)
+        elif col.numel():  # without local blocks a row may end before its diagonal, or be empty
             row = torch.arange(nb, device=on).repeat(len(different))
             on_diagonal = (col[last.clamp(min=0)] == row) & (crow.diff(dim=1).flatten() > 0)
             ids.index_put_((last.clamp(min=0),), on_diagonal.int(), accumulate=True)
     lead = () if heads == 1 else (heads,)
     shared = None
     if lead and head_map != list(range(len(different))):
-        shared = torch.tensor(head_map, dtype=torch.int32).to(on)
+        shared = send(torch.tensor(head_map, dtype=torch.int32), on)
     pattern = build_pattern(
         crow,
         col,
@@ -173,7 +173,7 @@ def _segments(
 
     strided columns, the local range, and, if not causal, strided columns on the right.
     """
-    residue = torch.tensor(residues).to(on)[:, None]
+    residue = send(torch.tensor(residues), on)[:, None]
     i = torch.arange(nb, device=on)[None, :].expand(len(residues), -1)
     dense = residue < 0
     if causal:

@@ -14,6 +14,7 @@ from sparse_layouts.block_pattern import (
     from_progressions,
     pack_tiles,
     pattern_from_dense,
+    send,
 )
 from sparse_layouts.bsr_tensor import BSRTensor, block_size_pair
 
@@ -207,13 +208,13 @@ def banded(
             table[kind, x] = known[key]
     ids = packed = None
     if tiles:
-        packed = pack_tiles(torch.stack(tiles)).to(device)
+        packed = send(pack_tiles(torch.stack(tiles)), device)
         row = entry_rows(crow, col.shape[0])
         distance = (row - col).clamp_(distances[0], distances[-1]) - distances[0]
         kinds = torch.zeros_like(distance)
         if sinks:
             kinds = torch.where(col < sinks // block, 2, torch.where(col < sink_blocks, 1, 0))
-        ids = torch.from_numpy(table).to(device)[kinds, distance]
+        ids = send(torch.from_numpy(table), device)[kinds, distance]
     pattern = build_pattern(
         crow,
         col,

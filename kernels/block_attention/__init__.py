@@ -65,7 +65,7 @@ def _launch(
     bias: Tensor | None,
     bias_base: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return run(
+    out, lse = run(
         OP,
         facts(q, v, pattern.block_size),
         reference.block_attention,
@@ -81,13 +81,28 @@ def _launch(
         bias=bias,
         bias_base=bias_base,
     )
+    return _laid_out_as(out, _empty_output(q, v, "meta")), lse
+
+
+def _empty_output(q: Tensor, v: Tensor, device: str | None = None) -> Tensor:
+    """The output before it is written: laid out in memory as q is, where the head sizes allow."""
+    if q.shape[-1] == v.shape[-1]:
+        return torch.empty_like(q, device=device)
+    return q.new_empty(*q.shape[:-1], v.shape[-1], device=device)
+
+
+def _laid_out_as(x: Tensor, like: Tensor) -> Tensor:
+    """x with the strides of `like`; kernels may return either, compiled code relies on one."""
+    if x.stride() == like.stride():
+        return x
+    return torch.empty_strided(x.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _shape(
     q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=dtype)
+    return _empty_output(q, v), q.new_empty(q.shape[:-1], dtype=dtype)
 
 
 def _launch_backward(
@@ -131,6 +146,10 @@ def _launch_backward(
         dbias_base=own.base,
         dbias_blocks=own.blocks,
     )
+    dq, dk, dv = (
+        _laid_out_as(grad, torch.empty_like(x, device="meta"))
+        for grad, x in ((dq, q), (dk, k), (dv, v))
+    )
     if dbias is None or bias is None:
         return dq, dk, dv, q.new_empty(0)
     assert bias_base is not None
@@ -142,7 +161,7 @@ def _shape_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bias, wanted = rest[-3], rest[-1]
     dbias = torch.empty_like(bias) if bias is not None and wanted else q.new_empty(0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
 
 
 block_attention_op = opaque.define(

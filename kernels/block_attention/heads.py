@@ -78,10 +78,11 @@ def bias_arguments(
     if len(p.lead) == 0:
         per_head = batch[-1] if batch else 1
         base = torch.arange(per_head, device=values.device)[None] * blocks
-        values = values.reshape(-1, per_head * blocks, *p.block_size)
+        samples = math.prod(batch[:-1])
+        values = values.reshape(samples, per_head * blocks, *p.block_size)
     else:
         base = p.crow_indices[:, 0].long().view(-1, p.lead[-1])
-        values = values.reshape(-1, blocks, *p.block_size)
+        values = values.reshape(math.prod(batch), blocks, *p.block_size)
     return values, base.repeat_interleave(heads // base.shape[1], 1)
 
 

@@ -28,7 +28,7 @@ from sparse_layouts.kernels.block_attention.triton_common import (
     choose,
     kept_scale,
     padded_head_dim,
-    precision,
+    backward_precision,
     schedule_operands,
     shared_memory_kb,
     shared_strides,
@@ -175,7 +175,7 @@ def launch_backward(
         "BN": bn,
         "D": d,
         "DV": dv_tile,
-        "PRECISION": precision(q.dtype),
+        "PRECISION": backward_precision(q.dtype, max(d, dv_tile)),
     }
     inputs = (*q.stride(), *k.stride(), *v.stride(), *dout.stride())
     shared = shared_strides(head_map, bias, bias_base)

@@ -97,7 +97,7 @@ def multiply(
     k, n = x.shape[-2:]
     m = pattern.shape[0]
     if not batch and not width:
-        flat = x.reshape(-1, 1, k, n) if outer else x[None, None]
+        flat = x.reshape(math.prod(outer), 1, k, n) if outer else x[None, None]
         out = block_matmul_op(values[None], pattern, flat, transposed_output)
         return out.reshape(*outer, m, n) if outer else out[0, 0]
     if math.prod(lead) == 1 and width:  # one pattern broadcasts like any other dimension of size 1
@@ -116,7 +116,7 @@ def multiply(
         )
     own_batch = whole[: len(whole) - width]
     flat_x = x.expand(*whole, k, n).reshape(math.prod(own_batch), math.prod(lead), k, n)
-    flat_values = values.expand(*own_batch, *values.shape[-3:]).reshape(-1, *values.shape[-3:])
+    flat_values = values.expand(*own_batch, *values.shape[-3:]).reshape(math.prod(own_batch), *values.shape[-3:])
     out = block_matmul_op(flat_values, pattern, flat_x, transposed_output)
     return out.reshape(*whole, m, n)
 

@@ -75,7 +75,7 @@ block_softmax_backward_op = opaque.define(
 
 
 def _flat(values: Tensor) -> Tensor:
-    return values.reshape(-1, *values.shape[-3:])
+    return values.reshape(math.prod(values.shape[:-3]), *values.shape[-3:])
 
 
 class BlockSoftmax(torch.autograd.Function):
