@@ -23,6 +23,26 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)
 
 
+def differentiates(*tensors: Any) -> bool:
+    """Whether a call on these must go through an `autograd.Function`.
+
+    In forward mode always: without it the tangent would silently be zero, with it torch says that
+    the function has none.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def unwrapped(layout: Any) -> Any:
+    """A saved layout as itself: torch.func hands it back inside a plain tensor of its own."""
+    if layout is None or isinstance(layout, LayoutTensor):
+        return layout
+    while torch._C._functorch.is_functorch_wrapped_tensor(layout):
+        layout = torch._C._functorch.get_unwrapped(layout)
+    return layout
+
+
 def as_layout(grad: Tensor, like: L) -> L:
     """A gradient to a layout in that layout:
 
@@ -48,7 +68,7 @@ class ToDense(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (layout,) = ctx.saved_tensors
+        layout = unwrapped(ctx.saved_tensors[0])
         return apply(FromDense, grad, layout)
 
 
@@ -83,7 +103,7 @@ class Values(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (layout,) = ctx.saved_tensors
+        layout = unwrapped(ctx.saved_tensors[0])
         return apply(FromValues, grad, layout)
 
 
@@ -102,13 +122,13 @@ class FromValues(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (like,) = ctx.saved_tensors
+        like = unwrapped(ctx.saved_tensors[0])
         return apply(Values, as_layout(grad, like)), None
 
 
 def values_of(layout: LayoutTensor) -> Tensor:
     """The stored values, differentiable."""
-    if torch.is_grad_enabled() and layout.requires_grad:
+    if differentiates(layout):
         return apply(Values, layout)
     values = layout.stored_values
     assert values is not None
@@ -117,7 +137,7 @@ def values_of(layout: LayoutTensor) -> Tensor:
 
 def with_values(layout: LayoutTensor, values: Tensor) -> LayoutTensor:
     """The layout with other values, differentiable in them."""
-    if torch.is_grad_enabled() and values.requires_grad:
+    if differentiates(values):
         return apply(FromValues, values, layout)
     out = layout.like_self(values)
     out.clear_unstored()
@@ -126,6 +146,6 @@ def with_values(layout: LayoutTensor, values: Tensor) -> LayoutTensor:
 
 def sampled(dense: Tensor, like: LayoutTensor) -> LayoutTensor:
     """The entries of `dense` that `like` stores, in its layout, differentiable in `dense`."""
-    if torch.is_grad_enabled() and dense.requires_grad:
+    if differentiates(dense):
         return apply(FromDense, dense, like)
     return like.sample(dense)

@@ -252,3 +252,12 @@ def log_softmax_of_entries(
 ) -> LayoutTensor:
     """`torch.log_softmax(w, dim)` of any layout, likewise."""
     return _softmax_densely(input, dim, dtype, True)
+
+
+@route(torch.maximum, input=LayoutTensor, other=LayoutTensor, out=LayoutTensor)
+def maximum_into(input: LayoutTensor, other: LayoutTensor, *, out: LayoutTensor) -> LayoutTensor:
+    """`torch.maximum(w, v, out=u)` of one pattern: AMSGrad's running maximum."""
+    if not (out.same_pattern(input) and out.same_pattern(other)):
+        return NotImplemented
+    torch.maximum(values_of(input), values_of(other), out=out.stored_values)
+    return out

@@ -81,6 +81,8 @@ def keeps_layout(function: Callable[..., Any]) -> bool:
     if function in _KEPT:
         return True
     name = getattr(function, "__name__", "")
+    if name == "custom_function_call":  # how torch.func runs an autograd.Function, ours among them
+        return True
     return name in ("__get__", "__set__", "__delete__") and function not in _MAKES_TENSOR
 
 

@@ -32,7 +32,7 @@ from sparse_layouts.dispatch import (
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.block_attention import heads, reference
 from sparse_layouts.kernels.block_attention.checks import check_attention
-from sparse_layouts.layout_autograd import apply
+from sparse_layouts.layout_autograd import apply, differentiates, unwrapped
 
 OP, BACKWARD = "block_attention", "block_attention_backward"
 _HERE = "sparse_layouts.kernels.block_attention"
@@ -212,6 +212,7 @@ class BlockAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         q, k, v, bias, mask, seed, out, lse = ctx.saved_tensors
+        bias, mask = unwrapped(bias), unwrapped(mask)
         if dout is None and dlse is None:
             return (None,) * 8
         if dout is None:
@@ -259,8 +260,7 @@ def attend(
     seed = None
     if dropout_p:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-    wanted = any(t is not None and t.requires_grad for t in (q, k, v, bias))
-    if torch.is_grad_enabled() and wanted:
+    if differentiates(q, k, v, bias):
         out, lse = apply(BlockAttention, q, k, v, bias, mask, scale, dropout_p, seed)
     else:
         out, lse = BlockAttention.forward(q, k, v, bias, mask, scale, dropout_p, seed)

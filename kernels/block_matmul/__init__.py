@@ -29,7 +29,7 @@ from sparse_layouts.dispatch import (
 )
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.block_matmul import reference
-from sparse_layouts.layout_autograd import apply, as_layout
+from sparse_layouts.layout_autograd import apply, as_layout, differentiates, unwrapped
 from sparse_layouts.layout_routes import transpose_blocks
 
 OP = "block_matmul"
@@ -116,16 +116,15 @@ def multiply(
         )
     own_batch = whole[: len(whole) - width]
     flat_x = x.expand(*whole, k, n).reshape(math.prod(own_batch), math.prod(lead), k, n)
-    flat_values = values.expand(*own_batch, *values.shape[-3:]).reshape(math.prod(own_batch), *values.shape[-3:])
+    flat_values = values.expand(*own_batch, *values.shape[-3:]).reshape(
+        math.prod(own_batch), *values.shape[-3:]
+    )
     out = block_matmul_op(flat_values, pattern, flat_x, transposed_output)
     return out.reshape(*whole, m, n)
 
 
 class BlockMatmul(torch.autograd.Function):
-    """`W @ x`;
-
-    the gradients call `torch.matmul` and `sddmm` again, and so can be differentiated themselves.
-    """
+    """`W @ x`; its gradients are products and `sddmm` again, and so can be differentiated."""
 
     @staticmethod
     def forward(layout: BSRTensor, x: Tensor, transposed_output: bool) -> Tensor:
@@ -142,7 +141,7 @@ class BlockMatmul(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         from sparse_layouts.kernels.sddmm import sddmm_summed
 
-        layout, x = ctx.saved_tensors
+        layout, x = unwrapped(ctx.saved_tensors[0]), ctx.saved_tensors[1]
         dlayout = dx = None
         with restored(ctx.settings):
             if ctx.needs_input_grad[0]:
@@ -205,7 +204,7 @@ def autocast(layout: Any, *dense: Any) -> tuple[Any, ...]:
 
 def product(layout: BSRTensor, x: Tensor, transposed_output: bool = False) -> Tensor:
     """`W @ x` of checked operands (x at least 2-D), differentiable."""
-    if torch.is_grad_enabled() and (x.requires_grad or layout.requires_grad):
+    if differentiates(x, layout):
         return apply(BlockMatmul, layout, x, transposed_output)
     return BlockMatmul.forward(layout, x, transposed_output)
 

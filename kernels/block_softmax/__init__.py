@@ -29,7 +29,7 @@ from sparse_layouts.dispatch import (
 )
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.block_softmax import reference
-from sparse_layouts.layout_autograd import apply, as_layout
+from sparse_layouts.layout_autograd import apply, as_layout, differentiates, unwrapped
 from sparse_layouts.layout_routes import transpose_blocks
 
 OP, BACKWARD = "block_softmax", "block_softmax_backward"
@@ -96,7 +96,7 @@ class BlockSoftmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (out,) = ctx.saved_tensors
+        out = unwrapped(ctx.saved_tensors[0])
         gradient: Any = as_layout(grad, out)
         with restored(ctx.settings):
             dx = block_softmax_backward_op(
@@ -125,7 +125,7 @@ def _softmax(layout: BSRTensor, dim: int, dtype: torch.dtype | None, log: bool) 
         layout = cast(BSRTensor, layout.to(dtype))
     if axis == layout.dim() - 2:
         return transpose_blocks(_softmax(transpose_blocks(layout, -2, -1), -1, None, log), -2, -1)
-    if torch.is_grad_enabled() and layout.requires_grad:
+    if differentiates(layout):
         return apply(BlockSoftmax, layout, log)
     return BlockSoftmax.forward(layout, log)
 

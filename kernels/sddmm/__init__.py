@@ -28,7 +28,7 @@ from sparse_layouts.dispatch import (
 )
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.sddmm import reference
-from sparse_layouts.layout_autograd import apply, as_layout
+from sparse_layouts.layout_autograd import apply, as_layout, differentiates, unwrapped
 from sparse_layouts.layout_routes import transpose_blocks
 
 OP = "sddmm"
@@ -92,7 +92,8 @@ class SDDMM(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         from sparse_layouts.kernels.block_matmul import product
 
-        a, b, output = ctx.saved_tensors
+        a, b = ctx.saved_tensors[:2]
+        output = unwrapped(ctx.saved_tensors[2])
         gradient: BSRTensor = as_layout(grad, output)
         da = db = None
         with restored(ctx.settings):
@@ -159,7 +160,7 @@ def sddmm(a: Tensor, b: Tensor, mask: BSRTensor) -> BSRTensor:
 
 def _sddmm(a: Tensor, b: Tensor, mask: BSRTensor) -> BSRTensor:
     check(a, b, mask)
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+    if differentiates(a, b):
         return apply(SDDMM, a, b, mask.detach())
     return sampled_product(a, b, mask)
 

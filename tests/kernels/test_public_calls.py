@@ -7,6 +7,7 @@ wrong a result may be.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -228,7 +229,10 @@ def test_compiled(make: Callable[[Tensor], Example]) -> None:
 def host_syncs_raise() -> Iterator[None]:
     """Whatever waits for the GPU raises."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        # torch says once a process that the mode is a prototype
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
@@ -253,6 +257,7 @@ def test_a_warm_call_does_not_wait_for_the_gpu(make: Callable[[Tensor], Example]
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 @examples
 def test_captured_in_a_cuda_graph(make: Callable[[Tensor], Example]) -> None:
     example = make(torch.empty(0, dtype=torch.bfloat16, device="cuda"))

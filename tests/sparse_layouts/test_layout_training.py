@@ -47,14 +47,7 @@ def trained(weight: nn.Parameter, name: str, form: str) -> Tensor:
 
 
 def forms() -> list[object]:
-    missing = pytest.mark.xfail(
-        raises=TypeError, reason="torch.maximum(out=) of layouts, which plain AMSGrad calls"
-    )
-    return [
-        pytest.param(name, form, marks=[missing] if (name, form) == ("AMSGrad", "plain") else [])
-        for name in OPTIMIZERS
-        for form in FORMS
-    ]
+    return [(name, form) for name in OPTIMIZERS for form in FORMS]
 
 
 @pytest.mark.parametrize(("name", "form"), forms())
@@ -240,10 +233,6 @@ def test_functional_call(small: sl.BSRTensor) -> None:
     assert type(leaf.grad) is sl.BSRTensor
 
 
-@pytest.mark.xfail(
-    raises=(AttributeError, sl.DenseFallbackError),
-    reason="torch.func calls an op's autograd function through a route, which densifies the layout",
-)
 def test_func_grad_of_dense_operands(small: sl.BSRTensor, assert_close: Check) -> None:
     x = torch.randn(40, 3, dtype=F64)
     with sl.fallback("error"):
