@@ -118,8 +118,8 @@ _SAME: dict[Function, Function] = {
 
 
 def _reversed(function: Function) -> Callable[..., Reading]:
-    def read(*args: Any, **kwargs: Any) -> Reading:
-        return Reading(function, (args[1], args[0]), kwargs)
+    def read(input: Any, other: Any, **rest: Any) -> Reading:
+        return Reading(function, (other, input), rest)
 
     return read
 
@@ -133,26 +133,30 @@ def _functional_softmax(function: Function) -> Callable[..., Reading]:
     return read
 
 
-def _flipped(dims: int | None) -> Callable[..., Reading]:
+def _flipped(dims: int | None, conjugates: bool = False) -> Callable[..., Reading]:
     """Reads `.mT` and `.T`:
 
-    the last two dimensions change places; `dims` None allows any number of them.
+    the last two dimensions change places; `dims` None allows any number of them. What `conjugates`
+    (`.mH`) is that only for real entries.
     """
 
     def read(input: Any) -> Reading:
-        if dims is not None and input.dim() != dims:
+        if (dims is not None and input.dim() != dims) or (conjugates and input.dtype.is_complex):
             return Reading(torch.Tensor.T.__get__, (input,), {})  # type: ignore[attr-defined]
         return Reading(torch.transpose, (input, -2, -1), {})
 
     return read
 
 
-def _matrix_vector(input: Any, vec: Any) -> Reading:
-    return Reading(torch.matmul, (input, vec), {})
+def _matrix_vector(input: Any, vec: Any, **rest: Any) -> Reading:
+    return Reading(torch.matmul, (input, vec), rest)
 
 
-def _permute(input: Any, *dims: Any) -> Reading:
-    order = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+def _permute(input: Any, *order: Any, dims: Any = None) -> Reading:
+    if dims is not None:
+        order = (dims,)
+    if len(order) == 1 and isinstance(order[0], (tuple, list)):
+        order = tuple(order[0])
     n = input.dim()
     order = tuple(d % n for d in order)
     if order == (*range(n - 2), n - 1, n - 2):
@@ -168,18 +172,22 @@ _READ: dict[Function, Callable[..., Reading]] = {
     F.softmax: _functional_softmax(torch.softmax),
     F.log_softmax: _functional_softmax(torch.log_softmax),
     torch.Tensor.mT.__get__: _flipped(None),  # type: ignore[attr-defined]
-    torch.Tensor.mH.__get__: _flipped(None),  # type: ignore[attr-defined]
+    torch.Tensor.mH.__get__: _flipped(None, conjugates=True),  # type: ignore[attr-defined]
     torch.Tensor.T.__get__: _flipped(2),  # type: ignore[attr-defined]
-    torch.Tensor.H.__get__: _flipped(2),  # type: ignore[attr-defined]
+    torch.Tensor.H.__get__: _flipped(2, conjugates=True),  # type: ignore[attr-defined]
     torch.t: _flipped(2),
     torch.Tensor.t: _flipped(2),
-    torch.adjoint: _flipped(None),
-    torch.Tensor.adjoint: _flipped(None),
+    torch.adjoint: _flipped(None, conjugates=True),
+    torch.Tensor.adjoint: _flipped(None, conjugates=True),
     torch.mv: _matrix_vector,
     torch.Tensor.mv: _matrix_vector,
     torch.permute: _permute,
     torch.Tensor.permute: _permute,
 }
+
+
+# Names that torch takes for an argument besides its own: numpy's, and those of swapaxes.
+_OTHER_NAMES = {"axis": "dim", "keepdims": "keepdim", "axis0": "dim0", "axis1": "dim1"}
 
 
 def canonical(function: Function) -> Function:
@@ -192,15 +200,18 @@ def read_call(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
     read = _READ.get(function)
     if read is not None:
         return read(*args, **kwargs)
+    if not _OTHER_NAMES.keys().isdisjoint(kwargs):
+        kwargs = {_OTHER_NAMES.get(name, name): value for name, value in kwargs.items()}
     return Reading(_SAME.get(function, function), args, kwargs)
 
 
 def name_of(function: Function) -> str:
     """A name that a person would write: `torch.matmul`, `Tensor.mT`, `F.linear`."""
     name = getattr(function, "__name__", repr(function))
-    if name == "__get__":
+    if name in ("__get__", "__set__"):
         descriptor = getattr(function, "__self__", None)
-        return f"Tensor.{getattr(descriptor, '__name__', 'property')}"
+        written = " = x" if name == "__set__" else ""
+        return f"Tensor.{getattr(descriptor, '__name__', 'property')}{written}"
     module = getattr(function, "__module__", None) or "torch"
     if "Tensor" in type(function).__name__ or getattr(function, "__objclass__", None) is not None:
         return f"Tensor.{name}"

@@ -66,6 +66,14 @@ def _user_frame() -> types.FrameType:
     return frame
 
 
+def _initialises() -> bool:
+    """Whether a function of torch.nn.init makes the call."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARY):
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__") == "torch.nn.init"
+
+
 def permit(message: str, count: int, device: str, what: str) -> None:
     """Lets a computation densify `count` bytes, as the policy says:
 
@@ -104,11 +112,22 @@ def permit(message: str, count: int, device: str, what: str) -> None:
 def route_missing(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """That no route serves the call, and the stub of one that would."""
     operands = operands_by_name(function, args, kwargs)
+    copied = "\nThe result is a copy: writing to it does not change the layout."
     given = ", ".join(f"{n}={c.__name__}" for n, c in operands.items()) or "layouts in a list"
     text = f"{name_of(function)} has no sparse implementation for {given}; computing it densely."
+    if is_view(function):
+        text += copied
     if operands:
         text += f"\nTo add one:\n{stub(function, operands)}"
     return text
+
+
+def is_view(function: Function) -> bool:
+    """Whether torch's result shares memory with the argument, so that code may write through it."""
+    name = getattr(function, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(function, "__self__", None), "__name__", "") in _VIEWS
+    return name in _VIEWS
 
 
 def layouts_in(value: Any) -> list[Any]:
@@ -137,22 +156,36 @@ def is_in_place(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any
     """Whether the call would write into a layout: its first argument, or `out=`."""
     if layouts_in(kwargs.get("out")):
         return True
+    target = first_argument(args, kwargs)
     name = getattr(function, "__name__", "")
     writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
     writes = writes or (name.startswith("__i") and name.endswith("__") and name[3:-2] in _IN_PLACE)
     writes = writes or kwargs.get("inplace") is True
-    return writes and bool(args) and isinstance(args[0], Layout)
+    return writes and isinstance(target, Layout)
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an in-place function writes to: its first argument, under whichever name."""
+    if args:
+        return args[0]
+    return next((kwargs[name] for name in ("input", "tensor", "self") if name in kwargs), None)
 
 
 _IN_PLACE = frozenset(
     "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift div".split()
+)
+_VIEWS = frozenset(
+    "T H mT mH real imag __getitem__ adjoint as_strided chunk diagonal expand expand_as flatten "
+    "hsplit movedim moveaxis narrow permute ravel reshape reshape_as select split "
+    "split_with_sizes squeeze swapaxes swapdims t tensor_split transpose unbind unflatten unfold "
+    "unsafe_chunk unsafe_split unsqueeze view view_as vsplit dsplit".split()
 )
 
 
 def fall_back(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs torch's own function on densified operands, if policy and free memory allow it."""
     if is_in_place(function, args, kwargs):
-        target = (layouts_in(kwargs.get("out")) or [args[0]])[0]
+        target = (layouts_in(kwargs.get("out")) or [first_argument(args, kwargs)])[0]
         raise TypeError(
             f"{name_of(function)} would change which entries of a {type(target).__name__} are "
             f"stored, which an in-place operation "
@@ -161,6 +194,12 @@ def fall_back(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
             "(x.sparse_mask(w)), or write to w.values()."
         )
     layouts = layouts_in(args) + layouts_in(kwargs)
+    if is_view(function) and not torch.compiler.is_compiling() and _initialises():
+        raise TypeError(
+            f"{name_of(function)}: this torch.nn.init function writes through a view, and a "
+            f"{type(layouts[0]).__name__} has none. Initialise a dense tensor and take its stored "
+            "entries: w.copy_(dense.sparse_mask(w))"
+        )
     count = sum(dense_bytes(layout) for layout in layouts)
     if not torch.compiler.is_compiling():
         first: Tensor = layouts[0]

@@ -47,6 +47,14 @@ class Route:
     handler: Callable[..., Any]
     uses: Callable[..., list[Use]] | None
     place: str
+    positional: int | None  # arguments that the handler takes by position; None: any number
+    keywords: frozenset[str] | None  # those that it takes by name; None: any
+
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the handler has a parameter for every argument of a call."""
+        if self.positional is not None and len(args) > self.positional:
+            return False
+        return not kwargs or self.keywords is None or self.keywords.issuperset(kwargs)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -108,7 +116,12 @@ def route(
 
     def register(handler: F) -> F:
         row = Route(
-            function, tuple(sorted(operands.items(), key=lambda o: o[0])), handler, uses, place
+            function,
+            tuple(sorted(operands.items(), key=lambda o: o[0])),
+            handler,
+            uses,
+            place,
+            *_accepted(handler),
         )
         unknown = set(operands) - set(row.parameters)
         if unknown:
@@ -130,6 +143,20 @@ def route(
         return handler
 
     return register
+
+
+def _accepted(handler: Callable[..., Any]) -> tuple[int | None, frozenset[str] | None]:
+    """How many arguments a handler takes by position, and which by name; None without a limit."""
+    parameters = inspect.signature(handler).parameters.values()
+    kinds = [p.kind for p in parameters]
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = None if inspect.Parameter.VAR_POSITIONAL in kinds else sum(
+        kind in by_place for kind in kinds
+    )
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        return positional, None
+    return positional, frozenset(p.name for p in parameters if p.kind in by_name)
 
 
 def _unregister(row: Route, before: Callable[[], None] | None) -> None:
@@ -161,7 +188,17 @@ def _layout_operands(
 
 
 def find_route(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Route | None:
-    """The most special route for a canonical call, or None."""
+    """The most special route for a canonical call, or None;
+
+    one whose handler has no parameter for an argument (`out=`) does not serve the call.
+    """
+    row = _most_special(function, args, kwargs)
+    return row if row is not None and row.takes(args, kwargs) else None
+
+
+def _most_special(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Route | None:
     rows = ROUTES.rows.get(function)
     if not rows:
         return None

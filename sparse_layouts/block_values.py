@@ -81,6 +81,22 @@ def entry_mask(pattern: BlockPattern) -> Tensor | None:
     return mask
 
 
+def unstored_entries(pattern: BlockPattern) -> tuple[Tensor, Tensor] | None:
+    """The slots (int64) of the blocks that are stored in part, and bool (slots, bm, bn):
+
+    what of each is not stored. None where every block is whole. One host sync, once a pattern.
+    """
+
+    def build() -> tuple[Tensor, Tensor] | None:
+        mask = entry_mask(pattern)
+        if mask is None:
+            return None
+        slots = (~mask.flatten(1).all(1)).nonzero()[:, 0]
+        return (slots, ~mask[slots]) if slots.numel() else None
+
+    return derived(pattern, "unstored_entries", build)
+
+
 def rows_and_columns(pattern: BlockPattern) -> tuple[Tensor, Tensor]:
     """int64 (S,), by slot: block row and block column within the block's own pattern."""
     p = pattern

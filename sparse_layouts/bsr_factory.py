@@ -72,11 +72,15 @@ def bsr(
     return sampled(source, like)  # type: ignore[return-value]
 
 
-def _check_dense(dense: Tensor, block: tuple[int, int]) -> None:
+def _check_not_bool(dense: Tensor) -> None:
     if dense.dtype == torch.bool:
         raise TypeError(
             "bsr: expected values, got a bool tensor; sl.mask_from makes an exact mask of it"
         )
+
+
+def _check_dense(dense: Tensor, block: tuple[int, int]) -> None:
+    _check_not_bool(dense)
     if dense.dim() < 2:
         raise ValueError(f"bsr: expected (*lead, M, N), got shape {tuple(dense.shape)}")
     m, n = dense.shape[-2:]
@@ -102,6 +106,12 @@ def _from_torch_sparse(
             f"bsr: expected a sparse matrix, got shape {tuple(source.shape)}; convert each "
             f"sample for itself"
         )
+    if source.requires_grad:
+        raise ValueError(
+            "bsr: expected a sparse tensor without gradient, got one that requires it, which "
+            "cannot be followed; pass the dense tensor, or source.detach()"
+        )
+    _check_not_bool(source)
     if source.layout != torch.sparse_bsr:
         block = block_size_pair(32 if block_size is None else block_size, "bsr")
         _check_dense(source, block)
@@ -120,7 +130,7 @@ def _from_torch_sparse(
         shape=(source.shape[0], source.shape[1]),
         block_size=own,
     )
-    made = BSRTensor.on_pattern(source.values(), pattern)
+    made = BSRTensor.on_pattern(source.values().clone(), pattern)
     made.validate()
     return made
 

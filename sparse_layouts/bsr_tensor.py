@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -12,11 +13,19 @@ from torch import Tensor
 from sparse_layouts.block_pattern import (
     TENSOR_FIELDS,
     BlockPattern,
+    derived,
     derived_bytes,
     expand_heads,
     transpose_pattern,
 )
-from sparse_layouts.block_values import densify, entry_mask, gather, num_entries, slots_in_row_order
+from sparse_layouts.block_values import (
+    densify,
+    entry_mask,
+    gather,
+    num_entries,
+    slots_in_row_order,
+    unstored_entries,
+)
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.pattern_checks import check_pattern
 
@@ -140,13 +149,47 @@ class BSRTensor(LayoutTensor):
         """Values of 1 at every stored entry, in slot order of the expanded pattern."""
         return _mask_values(expand_heads(self.block_pattern)).to(dtype)
 
+    def forget_derived(self) -> None:
+        """Drops the pattern tuple, which holds the inner tensors that were."""
+        self._pattern = None
+
+    def same_pattern(self, other: LayoutTensor) -> bool:
+        """Whether both store the same entries in the same places.
+
+        By identity of the index tensors, else by content; a True is remembered with the pattern.
+        """
+        mine, its = self.inner_tensors()[1:], other.inner_tensors()[1:]
+        if len(mine) == len(its) and all(a is b for a, b in zip(mine, its, strict=True)):
+            return super().same_pattern(other)
+        if not isinstance(other, BSRTensor) or not _is_eager(self.block_pattern):
+            return super().same_pattern(other)
+        equal: dict[Any, Any] = derived(self.block_pattern, "same", dict)
+        key = (type(self), type(other), tuple(self.shape), tuple(other.shape), *map(id, its))
+        if all(found() is not None for found in equal.get(key, (_dead,))):
+            return True
+        same = super().same_pattern(other)
+        if same:
+            for stale in [k for k, refs in equal.items() if any(r() is None for r in refs)]:
+                del equal[stale]
+            equal[key] = tuple(weakref.ref(t) for t in its if t is not None)
+        return same
+
     def clear_unstored(self) -> None:
         """Sets what lies inside a block but is not stored (bit tiles, over the edge) to zero, in
         place.
         """
-        mask = entry_mask(self.block_pattern)
-        if mask is not None and self.inner_values is not None:
-            self.inner_values.masked_fill_(~mask, 0)
+        p, values = self.block_pattern, self.inner_values
+        if values is None:
+            return
+        if not _is_eager(p):
+            mask = entry_mask(p)
+            if mask is not None:
+                values.masked_fill_(~mask, 0)
+            return
+        found = unstored_entries(p)
+        if found is not None:
+            slots, unstored = found
+            values.index_copy_(-3, slots, values.index_select(-3, slots).masked_fill_(unstored, 0))
 
     def crow_indices(self) -> Tensor:
         """int32 (Mb + 1,), or (*lead, Mb + 1) with offsets into one `col_indices()`;
@@ -328,6 +371,23 @@ class BSRTensor(LayoutTensor):
         return BSRTensor.on_pattern(
             None if values is None else values.mT, transpose_pattern(self.block_pattern)
         )
+
+
+def _dead() -> None:
+    """A weak reference to nothing."""
+
+
+def _is_eager(pattern: BlockPattern) -> bool:
+    """Whether nobody traces or captures, so that something may be learnt of the lists and kept."""
+    lists = pattern.col_indices
+    return (
+        not torch.compiler.is_compiling()
+        and type(lists) is Tensor
+        and lists.device.type != "meta"
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+        and not (lists.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def _nested(items: list[Any], sizes: tuple[int, ...]) -> Any:

@@ -50,14 +50,22 @@ def transpose_blocks(input: BSRTensor, dim0: int, dim1: int) -> Any:
         differentiable = torch.is_grad_enabled() and input.requires_grad
     if {dim0 % dims, dim1 % dims} != {dims - 1, dims - 2}:
         return NotImplemented
-    return apply(Transpose, input) if differentiable else input.transposed()
+    if not differentiable:
+        return input.transposed()
+    out = apply(Transpose, input)
+    if not torch.compiler.is_compiling():
+        out._shares_values = True
+        if not input.is_leaf:
+            input._shares_values = True  # type: ignore[attr-defined]
+    return out
 
 
 @route(torch.Tensor.__getitem__, input=BSRTensor)
 def select_blocks(input: BSRTensor, index: Any) -> Any:
     """`w[h]`, `w[:, 64:128]`:
 
-    heads, samples, and rows and columns cut at block edges; any other index is dense.
+    heads, samples, and rows and columns cut at block edges; any other index is dense. The result is
+    a copy: writing to it (`w[0:64].zero_()`) does not change w, write to `w.values()` instead.
     """
     found = select(input, index)
     return NotImplemented if found is None else found

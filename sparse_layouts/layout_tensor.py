@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from sparse_layouts.dispatch import Layout, call_route, fall_back
+from sparse_layouts.dispatch.fallback import densified, first_argument, layouts_in
 from sparse_layouts.operators import Operators
-from sparse_layouts.stored_entries import handler_of, keeps_layout
+from sparse_layouts.stored_entries import handler_of, keeps_layout, short, writes_entries
 
 L = TypeVar("L", bound="LayoutTensor")
 
@@ -169,6 +170,9 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
         most layouts have no such room.
         """
 
+    def forget_derived(self) -> None:
+        """Drops what this object keeps besides its inner tensors, after those were exchanged."""
+
     def to_dense(
         self, dtype: torch.dtype | None = None, *, masked_grad: bool | None = None
     ) -> Tensor:
@@ -298,6 +302,20 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
             if result is not NotImplemented:
                 return result
             return fall_back(func, args, kwargs)
+        if writes_entries(func):
+            targets = layouts_in(first_argument(args, kwargs))
+            if not targets:  # a dense target, and a layout as operand
+                if func is torch.Tensor.copy_:
+                    return func(*densified(args), **densified(kwargs))
+                return fall_back(func, args, kwargs)
+            if not torch.compiler.is_compiling():
+                for target in targets:
+                    target.check_writable(func)
+        elif func in _LIKE and kwargs.get("dtype") not in (None, torch.bool):
+            if first_argument(args, kwargs).stored_values is None:
+                return fall_back(func, args, kwargs)  # a mask has no values to be zero
+        elif getattr(func, "__name__", "") == "__set__" and func == _SET_DATA:
+            return set_data(*args)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -315,6 +333,51 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
                 "or pass w.to_dense()."
             )
         return handler(func, args, {} if kwargs is None else kwargs)
+
+    def check_writable(self, function: Callable[..., Any]) -> None:
+        """Raises where an in-place function would be lost to autograd:
+
+        on a layout that shares its values with its transpose, as long as both are differentiated.
+        """
+        if not getattr(self, "_shares_values", False) or not torch.is_grad_enabled():
+            return
+        if self.requires_grad:
+            name = getattr(function, "__name__", "in-place function")
+            raise RuntimeError(
+                f"{name}: expected a layout with values of its own, got one that shares them with "
+                "its transpose, whose gradient would not know of the change. Write to a copy: "
+                "w.mT.clone(), or w * 2 instead of w.mul_(2)."
+            )
+
+    def share_memory_(self: L) -> L:
+        """Moves every inner tensor to shared memory."""
+        for tensor in self.inner_tensors():
+            if tensor is not None:
+                tensor.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether every inner tensor is in shared memory."""
+        return all(t.is_shared() for t in self.inner_tensors() if t is not None)
+
+    def record_stream(self, stream: Any) -> None:
+        """Marks every inner tensor as used by a CUDA stream."""
+        for tensor in self.inner_tensors():
+            if tensor is not None:
+                tensor.record_stream(stream)
+
+    def is_set_to(self, tensor: Tensor) -> bool:
+        """Whether both are one layout on the same memory."""
+        if type(self) is not type(tensor) or self.static() != tensor.static():  # type: ignore[attr-defined]
+            return False
+        pairs = zip(self.inner_tensors(), tensor.inner_tensors(), strict=True)  # type: ignore[attr-defined]
+        return all(
+            a is b or (a is not None and b is not None and a.is_set_to(b)) for a, b in pairs
+        )
+
+    def __format__(self, format_spec: str) -> str:
+        # torch's own would go through the fallback
+        return object.__format__(self, format_spec)
 
     def __deepcopy__(self: L, memo: dict[int, Any]) -> L:
         """A copy with values of its own; the pattern, which nothing changes, is shared."""
@@ -376,6 +439,34 @@ def rebuild(
     if is_parameter:
         layout._is_param = True
     return layout
+
+
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_LIKE = frozenset((torch.zeros_like, torch.empty_like))
+
+
+def set_data(target: Tensor, source: Any) -> None:
+    """`w.data = x`: w gets x's tensors, where x is a layout of the same kind, size and dtype."""
+    names = None
+    if isinstance(target, LayoutTensor) and type(source) is type(target):
+        names = [name for name in target.fields if getattr(target, "inner_" + name) is not None]
+    if (
+        names is None
+        or target.shape != source.shape
+        or target.dtype != source.dtype
+        or target.device != source.device
+        or target.static() != source.static()  # type: ignore[attr-defined]
+        or names != [name for name in target.fields if getattr(source, "inner_" + name) is not None]  # type: ignore[attr-defined]
+    ):
+        raise TypeError(
+            f"data: expected the data of {short(target)} to stay one of its kind (class, shape, "
+            f"dtype, device, block size), got {short(source)}. Copy the entries instead: "
+            "w.copy_(x.sparse_mask(w)); or make a new tensor of x."
+        )
+    for name in names:
+        tensor = getattr(source, "inner_" + name)
+        setattr(target, "inner_" + name, tensor.detach())
+    target.forget_derived()  # type: ignore[attr-defined]
 
 
 def same_index(a: Tensor | None, b: Tensor | None) -> bool:

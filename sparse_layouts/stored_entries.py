@@ -38,9 +38,9 @@ _BOOKKEEPING = (
     "register_post_accumulate_grad_hook size dim ndimension numel nelement stride element_size "
     "is_contiguous contiguous is_floating_point is_complex is_same_size to cpu cuda float double "
     "half bfloat16 int long short char byte bool type_as "
-    "pin_memory is_pinned is_shared share_memory_ record_stream get_device "
+    "pin_memory is_pinned get_device "
     "has_names __len__ __hash__ _has_compatible_shallow_copy_type storage_offset __bool__ "
-    "is_inference is_conj is_neg is_nonzero is_signed is_set_to _is_view _typed_storage "
+    "is_inference is_conj is_neg is_nonzero is_signed _is_view _typed_storage "
     "untyped_storage data_ptr"
 ).split()
 
@@ -78,12 +78,33 @@ def keeps_layout(function: Callable[..., Any]) -> bool:
     """Whether torch's own function may be applied to a layout as it is, to act on its stored
     entries.
     """
-    if function in _KEPT:
+    if function in _KEPT or _initialises(function):
         return True
     name = getattr(function, "__name__", "")
     if name == "custom_function_call":  # how torch.func runs an autograd.Function, ours among them
         return True
     return name in ("__get__", "__set__", "__delete__") and function not in _MAKES_TENSOR
+
+
+def _collect_writes() -> frozenset[Any]:
+    names = {found for name in _IN_PLACE if (found := getattr(torch.Tensor, name, None))}
+    names |= {found for name in _IN_PLACE if (found := getattr(torch, name, None))}
+    names |= {f for f in _KEPT if f.__name__.startswith(_LISTS_IN_TORCH) and f.__name__[-1] == "_"}
+    return frozenset(names)
+
+
+_LISTS_IN_TORCH = ("_foreach_", "_fused_", "_amp_foreach_")
+_WRITES = _collect_writes()
+
+
+def _initialises(function: Callable[..., Any]) -> bool:
+    """Whether this is one of torch.nn.init's functions, which fill their argument in place."""
+    return getattr(function, "__module__", None) == "torch.nn.init"
+
+
+def writes_entries(function: Callable[..., Any]) -> bool:
+    """Whether a function that :func:`keeps_layout` names is an in-place one."""
+    return function in _WRITES or _initialises(function)
 
 
 ATEN: dict[Any, Callable[..., Any]] = {}
@@ -111,6 +132,13 @@ def _first(args: Any) -> LayoutTensor:
     raise AssertionError("no layout among the arguments")
 
 
+def short(value: Any) -> str:
+    """A layout as it prints, a plain tensor by its type and shape: for messages."""
+    if isinstance(value, Tensor) and not isinstance(value, Layout):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    return repr(value)
+
+
 def _values_of(value: Any, like: LayoutTensor, what: Any) -> Any:
     """An operand of a pointwise operator in terms of `like`'s stored values;
 
@@ -120,7 +148,7 @@ def _values_of(value: Any, like: LayoutTensor, what: Any) -> Any:
         other: Any = value
         if other is not like and not other.same_pattern(like):
             raise TypeError(
-                f"{what}: the operands store different entries ({other!r} and {like!r}). Sample "
+                f"{what}: the operands store different entries ({short(other)} and {short(like)}). Sample "
                 f"one onto the other: "
                 "x.to_dense().sparse_mask(w)."
             )
@@ -238,7 +266,7 @@ def copy_(func: Any, args: Any, kwargs: Any) -> Any:
         other: Any = source
         if not into.same_pattern(other):
             raise ValueError(
-                f"copy_: {other!r} stores other entries than {into!r}. To take its pattern too, "
+                f"copy_: {short(other)} stores other entries than {short(into)}. To take its pattern too, "
                 f"replace the tensor "
                 "(load_state_dict(..., assign=True)); to keep this pattern, sample: "
                 "x.to_dense().sparse_mask(w)."
@@ -255,7 +283,7 @@ def copy_(func: Any, args: Any, kwargs: Any) -> Any:
     taken = into.sample(source.expand(into.shape))
     if not torch.equal(taken.to_dense_entries(), source.expand(into.shape).to(taken.device)):
         raise ValueError(
-            f"copy_: the dense tensor has non-zero entries that {into!r} does not store. Drop "
+            f"copy_: the dense tensor has non-zero entries that {short(into)} does not store. Drop "
             f"them knowingly: "
             "w.copy_(x.sparse_mask(w))."
         )
@@ -333,7 +361,9 @@ def over_lists(func: Any, args: Any, kwargs: Any) -> Any:
     def unwrap(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return [
-                entries(v, like[i]) if i < len(like) and isinstance(like[i], Layout) else v
+                entries(v, like[i])
+                if i < len(like) and isinstance(like[i], Layout)
+                else (v.to_dense_entries() if isinstance(v, Layout) else v)  # type: ignore[attr-defined]
                 for i, v in enumerate(value)
             ]
         return value
@@ -345,6 +375,7 @@ def over_lists(func: Any, args: Any, kwargs: Any) -> Any:
         for layout in like:
             if isinstance(layout, Layout):
                 layout.clear_unstored()  # type: ignore[attr-defined]
+        _count_writes(func, args, kwargs)
         return out if out is None else lead
     if not isinstance(out, (list, tuple)) or "norm" in func.__name__:
         return out
@@ -352,6 +383,21 @@ def over_lists(func: Any, args: Any, kwargs: Any) -> Any:
         layout.like_self(values) if isinstance(layout, Layout) else values  # type: ignore[attr-defined]
         for layout, values in zip(like, out, strict=True)
     ]
+
+
+def _count_writes(func: Any, args: Any, kwargs: Any) -> None:
+    """Tells autograd of the layouts that were written to, so that a backward pass that needs what
+    was there raises.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for i, declared in enumerate(func._schema.arguments):
+        if declared.alias_info is None or not declared.alias_info.is_write:
+            continue
+        written = args[i] if i < len(args) else kwargs.get(declared.name)
+        for layout in written if isinstance(written, (list, tuple)) else [written]:
+            if isinstance(layout, Layout) and not layout.is_inference():  # type: ignore[attr-defined]
+                torch.autograd.graph.increment_version(layout)  # type: ignore[arg-type]
 
 
 def layouts_of(values: Any) -> bool:
