@@ -196,7 +196,9 @@ def canonical(function: Function) -> Function:
 
 
 def read_call(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reading:
-    """The call under its canonical name."""
+    """The call under its canonical name, without an `out=None`."""
+    if "out" in kwargs and kwargs["out"] is None:
+        kwargs = {name: value for name, value in kwargs.items() if name != "out"}
     read = _READ.get(function)
     if read is not None:
         return read(*args, **kwargs)

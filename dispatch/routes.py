@@ -151,8 +151,10 @@ def _accepted(handler: Callable[..., Any]) -> tuple[int | None, frozenset[str] |
     kinds = [p.kind for p in parameters]
     by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    positional = None if inspect.Parameter.VAR_POSITIONAL in kinds else sum(
-        kind in by_place for kind in kinds
+    positional = (
+        None
+        if inspect.Parameter.VAR_POSITIONAL in kinds
+        else sum(kind in by_place for kind in kinds)
     )
     if inspect.Parameter.VAR_KEYWORD in kinds:
         return positional, None

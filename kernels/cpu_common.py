@@ -99,16 +99,16 @@ def add_masks(scores: Tensor, plan: Schedule, step: Step) -> None:
     """Adds to scores (T, R, C) what is -inf where nothing is stored, and log2 of the counts."""
     tiles, rows, columns = scores.shape
     by_block_row = scores.view(tiles, plan.group, rows // plan.group, columns)
-    for first, last, start, end, index in step.runs:
-        by_block_row[first:last, :, :, start:end].add_(plan.masks[index])
+    for first, last, start, end, mask in step.runs:
+        by_block_row[first:last, :, :, start:end].add_(plan.masks[mask])
 
 
 def clear_masked(scores: Tensor, plan: Schedule, step: Step) -> None:
     """Sets to 0 what scores (T, R, C) hold where nothing is stored."""
     tiles, rows, columns = scores.shape
     by_block_row = scores.view(tiles, plan.group, rows // plan.group, columns)
-    for first, last, start, end, index in step.runs:
-        unstored = plan.masks[index].isneginf()
+    for first, last, start, end, mask in step.runs:
+        unstored = plan.masks[mask].isneginf()
         by_block_row[first:last, :, :, start:end].masked_fill_(unstored, 0.0)
 
 

@@ -23,13 +23,13 @@ STEP_SCORES = 2**19
 
 
 class MaskRun(NamedTuple):
-    """Adds `masks[index]` to the scores of a step's tiles [first, last), columns [start, end)."""
+    """Adds `masks[mask]` to the scores of a step's tiles [first, last), columns [start, end)."""
 
     first: int
     last: int
     start: int
     end: int
-    index: int
+    mask: int
 
 
 class Step(NamedTuple):

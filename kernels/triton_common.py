@@ -17,6 +17,8 @@ DTYPE_NAMES = {
 }
 # What is compiled ahead of time, the most used one first.
 BLOCK_SIZES = [(64, 64), (16, 16), (32, 32), (128, 128), (16, 64), (64, 16), (128, 32), (256, 256)]
+# For what uses one configuration whatever the block, or is rarely met: the shapes that differ most.
+FEW_BLOCK_SIZES = [(64, 64), (16, 16), (128, 32)]
 
 
 @triton.jit

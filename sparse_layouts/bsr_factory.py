@@ -17,6 +17,7 @@ from sparse_layouts.dispatch import route
 from sparse_layouts.layout_autograd import sampled
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.mask_factories import Device
+from sparse_layouts.stored_entries import short
 
 
 def bsr(
@@ -65,7 +66,7 @@ def bsr(
         kept = keep.choose(norms)
     else:
         raise TypeError(
-            f"bsr: keep is a sparsifier such as sl.Magnitude(density=0.25), got {keep!r}"
+            f"bsr: keep is a sparsifier such as sl.Magnitude(density=0.25), got {short(keep)}"
         )
     pattern = pattern_from_dense(kept, block, (m, n))
     like = BSRTensor.on_pattern(None, pattern)

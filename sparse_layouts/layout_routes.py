@@ -5,7 +5,8 @@ views, arithmetic that keeps the layout, sums; for every layout or for block lay
 
 from __future__ import annotations
 
-import math
+import cmath
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_layouts.bsr_tensor import BSRTensor
-from sparse_layouts.dispatch import dense_bytes, facts_of, permit, record, route
+from sparse_layouts.dispatch import Use, dense_bytes, facts_of, permit, record, route
+from sparse_layouts.dispatch.routes import matches
 from sparse_layouts.layout_autograd import apply, as_layout, sampled, values_of, with_values
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.mask_algebra import select
@@ -71,19 +73,13 @@ def select_blocks(input: BSRTensor, index: Any) -> Any:
     return NotImplemented if found is None else found
 
 
-@route(torch.mul, input=LayoutTensor)
-def scale_or_sample(input: LayoutTensor, other: Any) -> Any:
-    """`w * 2` scales the stored entries;
+def if_taken(takes: Callable[..., bool]) -> Callable[..., list[Use]]:
+    """For `sl.explain`: no op where `takes(*args, **kwargs)` holds, and a declined call else."""
 
-    `w * dense` takes the dense entries that w stores, times w.
-    """
-    return _times(input, other)
+    def uses(*args: Any, **kwargs: Any) -> Any:
+        return [] if takes(*args, **kwargs) else NotImplemented
 
-
-@route(torch.mul, other=LayoutTensor)
-def scale_or_sample_right(input: Any, other: LayoutTensor) -> Any:
-    """`2 * w` and `dense * w`, as above."""
-    return _times(other, input)
+    return uses
 
 
 def _is_scalar(value: Any) -> bool:
@@ -92,74 +88,154 @@ def _is_scalar(value: Any) -> bool:
     )
 
 
-def _times(layout: LayoutTensor, other: Any) -> Any:
+def can_scale(layout: LayoutTensor, other: Any) -> bool:
+    """Whether `layout * other` keeps the layout, for a number or a dense tensor."""
     mask = layout.stored_values is None
     if _is_scalar(other):
         # infinity or NaN times an entry that is not stored would not be 0
-        if mask or (not isinstance(other, Tensor) and not math.isfinite(other)):
-            return NotImplemented
+        return not mask and (isinstance(other, Tensor) or cmath.isfinite(other))
+    if mask:
+        tail = layout.dim() if not isinstance(layout, BSRTensor) else layout.lead_dims + 2
+        same = tuple(other.shape[-tail:]) == tuple(layout.shape[-tail:])
+        return isinstance(layout, BSRTensor) and same
+    if other.dim() > layout.dim():
+        return False
+    return torch.broadcast_shapes(other.shape, layout.shape) == layout.shape
+
+
+def _times(layout: LayoutTensor, other: Any) -> Any:
+    if not can_scale(layout, other):
+        return NotImplemented
+    if _is_scalar(other):
         return with_values(layout, values_of(layout) * other)
-    if isinstance(layout, BSRTensor) and mask:
-        tail = layout.lead_dims + 2
-        if tuple(other.shape[-tail:]) == tuple(layout.shape[-tail:]):
-            return sampled(other, layout)
-        return NotImplemented
-    if mask or other.dim() > layout.dim():
-        return NotImplemented
-    if torch.broadcast_shapes(other.shape, layout.shape) != layout.shape:
-        return NotImplemented
+    if layout.stored_values is None:
+        return sampled(other, layout)
     picked = sampled(other.expand(layout.shape), layout)
     return with_values(layout, values_of(layout) * values_of(picked))
 
 
-@route(torch.mul, input=LayoutTensor, other=LayoutTensor)
+@route(torch.mul, input=LayoutTensor, uses=if_taken(can_scale))
+def scale_or_sample(input: LayoutTensor, other: Any) -> Any:
+    """`w * 2` scales the stored entries;
+
+    `w * dense` takes the dense entries that w stores, times w.
+    """
+    return _times(input, other)
+
+
+@route(torch.mul, other=LayoutTensor, uses=if_taken(lambda input, other: can_scale(other, input)))
+def scale_or_sample_right(input: Any, other: LayoutTensor) -> Any:
+    """`2 * w` and `dense * w`, as above."""
+    return _times(other, input)
+
+
+def share_entries(input: LayoutTensor, other: LayoutTensor, **options: Any) -> bool:
+    """Whether two layouts have values, of the same entries."""
+    return input.stored_values is not None and input.same_pattern(other)
+
+
+@route(torch.mul, input=LayoutTensor, other=LayoutTensor, uses=if_taken(share_entries))
 def multiply_entries(input: LayoutTensor, other: LayoutTensor) -> Any:
     """`w * v` of one pattern, entry by entry."""
-    if input.stored_values is None or not input.same_pattern(other):
+    if not share_entries(input, other):
         return NotImplemented
     return with_values(input, values_of(input) * values_of(other))
 
 
-@route(torch.div, input=LayoutTensor)
+def can_divide(input: LayoutTensor, other: Any, **options: Any) -> bool:
+    """Whether `input / other` keeps the layout."""
+    if input.stored_values is None or not _is_scalar(other):
+        return False
+    return isinstance(other, Tensor) or not (other == 0 or cmath.isnan(other))
+
+
+@route(torch.div, input=LayoutTensor, uses=if_taken(can_divide))
 def divide_by_scalar(input: LayoutTensor, other: Any, *, rounding_mode: str | None = None) -> Any:
     """`w / 2`:
 
     the stored entries; by zero, infinity or a dense tensor it is dense (0 / 0 is not 0).
     """
-    if input.stored_values is None or not _is_scalar(other):
-        return NotImplemented
-    if not isinstance(other, Tensor) and (other == 0 or math.isnan(other)):
+    if not can_divide(input, other):
         return NotImplemented
     return with_values(input, torch.div(values_of(input), other, rounding_mode=rounding_mode))
 
 
-@route(torch.add, input=LayoutTensor, other=LayoutTensor)
+@route(torch.add, input=LayoutTensor, other=LayoutTensor, uses=if_taken(share_entries))
 def add_entries(input: LayoutTensor, other: LayoutTensor, *, alpha: float = 1) -> Any:
     """`w + v` of one pattern; of two patterns it is dense."""
-    if input.stored_values is None or not input.same_pattern(other):
+    if not share_entries(input, other):
         return NotImplemented
     return with_values(input, torch.add(values_of(input), values_of(other), alpha=alpha))
 
 
-@route(torch.sub, input=LayoutTensor, other=LayoutTensor)
+@route(torch.sub, input=LayoutTensor, other=LayoutTensor, uses=if_taken(share_entries))
 def subtract_entries(input: LayoutTensor, other: LayoutTensor, *, alpha: float = 1) -> Any:
     """`w - v` of one pattern; of two patterns it is dense."""
-    if input.stored_values is None or not input.same_pattern(other):
+    if not share_entries(input, other):
         return NotImplemented
     return with_values(input, torch.sub(values_of(input), values_of(other), alpha=alpha))
 
 
-@route(F.dropout, input=LayoutTensor)
+def can_drop(
+    input: LayoutTensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> bool:
+    """Whether dropout keeps the layout."""
+    return input.stored_values is not None and not inplace
+
+
+@route(F.dropout, input=LayoutTensor, uses=if_taken(can_drop))
 def drop_entries(
     input: LayoutTensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Any:
     """Dropout of the stored entries (zeros dropped are zeros)."""
-    if input.stored_values is None or inplace:
+    if not can_drop(input, p, training, inplace):
         return NotImplemented
     return with_values(input, F.dropout(values_of(input), p, training))
 
 
-@route(torch.sum, input=LayoutTensor)
+def summed_axis(input: LayoutTensor, dim: Any, dtype: torch.dtype | None) -> int | None:
+    """-1 or -2 where a sum is along the last or last but one dimension and a product with ones."""
+    dims = [dim] if isinstance(dim, int) else list(dim)
+    added = input.dtype if dtype is None else dtype
+    if not isinstance(input, BSRTensor) or len(dims) != 1 or not added.is_floating_point:
+        return None
+    if not -input.dim() <= dims[0] < input.dim():
+        return None
+    axis = dims[0] % input.dim() - input.dim()
+    return axis if axis >= -2 else None
+
+
+def _ones_to_sum(
+    input: BSRTensor, axis: int, dtype: torch.dtype | None
+) -> tuple[BSRTensor | Tensor, BSRTensor | Tensor]:
+    """The two factors of a product that is the sum along `axis`, -1 or -2."""
+    if dtype is not None:
+        input = cast(BSRTensor, input.to(dtype))  # before adding up, as torch does
+    assert input.inner_values is not None
+    if axis == -1:
+        return input, input.inner_values.new_ones(input.shape[-1], 1)
+    return input.inner_values.new_ones(1, input.shape[-2]), input
+
+
+def uses_of_sum(
+    input: LayoutTensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    """For `sl.explain`: a sum along a dimension is a product with ones."""
+    if input.stored_values is None:
+        return NotImplemented
+    if dim is None or dim == ():
+        return []
+    axis = summed_axis(input, dim, dtype)
+    if axis is None:
+        return NotImplemented
+    factors = _ones_to_sum(cast(BSRTensor, input), axis, dtype)
+    for match in matches(torch.matmul, factors, {}):
+        if match.route.uses is not None:
+            return match.route.uses(*match.reading.args, **match.reading.kwargs)
+    return NotImplemented
+
+
+@route(torch.sum, input=LayoutTensor, uses=uses_of_sum)
 def sum_entries(
     input: LayoutTensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Any:
@@ -172,50 +248,72 @@ def sum_entries(
     if dim is None or dim == ():
         total = values_of(input).sum(dtype=dtype)
         return total.reshape((1,) * input.dim()) if keepdim else total
-    dims = [dim] if isinstance(dim, int) else list(dim)
-    if not isinstance(input, BSRTensor) or len(dims) != 1:
+    axis = summed_axis(input, dim, dtype)
+    if axis is None:
         return NotImplemented
-    if dtype is not None:
-        input = cast(BSRTensor, input.to(dtype))  # before adding up, as torch does
-    axis = dims[0] % input.dim()
-    if axis == input.dim() - 1:
-        ones = input.inner_values.new_ones(input.shape[-1], 1)  # type: ignore[union-attr]
-        out = torch.matmul(input, ones)
-        out = out if keepdim else out.squeeze(-1)
-    elif axis == input.dim() - 2:
-        ones = input.inner_values.new_ones(1, input.shape[-2])  # type: ignore[union-attr]
-        out = torch.matmul(ones, input)
-        out = out if keepdim else out.squeeze(-2)
-    else:
-        return NotImplemented
-    return out
+    out = torch.matmul(*_ones_to_sum(cast(BSRTensor, input), axis, dtype))
+    return out if keepdim else out.squeeze(axis)
 
 
-@route(torch.norm, input=LayoutTensor)
-@route(torch.Tensor.norm, input=LayoutTensor)
-@route(torch.linalg.norm, input=LayoutTensor)
-@route(torch.linalg.vector_norm, input=LayoutTensor)
-def norm_of_entries(
+def order_of_norm(input: LayoutTensor, order: Any, dim: Any, keepdim: bool) -> float | None:
+    """The order of a norm over all entries, to which zeros add nothing; None for another norm."""
+    order = 2 if order in (None, "fro") else order
+    if input.stored_values is None or dim is not None or keepdim or isinstance(order, str):
+        return None
+    return order if order > 0 else None
+
+
+def can_take_norm(
     input: LayoutTensor, p: Any = None, dim: Any = None, keepdim: bool = False, **rest: Any
+) -> bool:
+    """Whether a norm is over all stored entries."""
+    return order_of_norm(input, rest.get("ord", p), dim, keepdim) is not None
+
+
+@route(torch.norm, input=LayoutTensor, uses=if_taken(can_take_norm))
+@route(torch.Tensor.norm, input=LayoutTensor, uses=if_taken(can_take_norm))
+@route(torch.linalg.vector_norm, input=LayoutTensor, uses=if_taken(can_take_norm))
+def norm_of_entries(
+    input: LayoutTensor,
+    p: Any = None,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    ord: Any = None,
+    dtype: torch.dtype | None = None,
 ) -> Any:
     """A norm over all entries (Frobenius, or of an order above 0): zeros add nothing to it."""
-    order = rest.pop("ord", p)
-    order = 2 if order in (None, "fro") else order
-    if (
-        input.stored_values is None
-        or dim is not None
-        or keepdim
-        or isinstance(order, str)
-        or order <= 0
-    ):
-        return NotImplemented
-    dtype = rest.pop("dtype", None)
-    if any(value is not None for value in rest.values()):
+    order = order_of_norm(input, p if ord is None else ord, dim, keepdim)
+    if order is None:
         return NotImplemented
     values = values_of(input)
     if not values.numel() and input.numel():
         order = 2  # all zeros: torch has no maximum of nothing
     return torch.linalg.vector_norm(values, order, dtype=dtype)
+
+
+def is_frobenius(
+    input: LayoutTensor, ord: Any = None, dim: Any = None, keepdim: bool = False, **options: Any
+) -> bool:
+    """Whether `torch.linalg.norm` is over all entries; with another order it is a matrix norm."""
+    if ord is not None and not (ord == "fro" and input.dim() == 2):
+        return False
+    return order_of_norm(input, None, dim, keepdim) is not None
+
+
+@route(torch.linalg.norm, input=LayoutTensor, uses=if_taken(is_frobenius))
+def frobenius_norm(
+    input: LayoutTensor,
+    ord: Any = None,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """`torch.linalg.norm(w)`: over all entries; its other orders are matrix norms, and dense."""
+    if not is_frobenius(input, ord, dim, keepdim):
+        return NotImplemented
+    return torch.linalg.vector_norm(values_of(input), 2, dtype=dtype)
 
 
 def _softmax_densely(

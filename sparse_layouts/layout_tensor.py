@@ -302,7 +302,13 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
             if result is not NotImplemented:
                 return result
             return fall_back(func, args, kwargs)
-        if writes_entries(func):
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            pass  # the most frequent of all: w.shape
+        elif name == "__set__":
+            if func == _SET_DATA:
+                return set_data(*args)
+        elif name.endswith("_") and writes_entries(func):
             targets = layouts_in(first_argument(args, kwargs))
             if not targets:  # a dense target, and a layout as operand
                 if func is torch.Tensor.copy_:
@@ -311,11 +317,12 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
             if not torch.compiler.is_compiling():
                 for target in targets:
                     target.check_writable(func)
-        elif func in _LIKE and kwargs.get("dtype") not in (None, torch.bool):
-            if first_argument(args, kwargs).stored_values is None:
-                return fall_back(func, args, kwargs)  # a mask has no values to be zero
-        elif getattr(func, "__name__", "") == "__set__" and func == _SET_DATA:
-            return set_data(*args)
+        elif (
+            name.endswith("_like")
+            and kwargs.get("dtype") not in (None, torch.bool)
+            and first_argument(args, kwargs).stored_values is None
+        ):
+            return fall_back(func, args, kwargs)  # a mask has no values to be zero
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -368,12 +375,10 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
 
     def is_set_to(self, tensor: Tensor) -> bool:
         """Whether both are one layout on the same memory."""
-        if type(self) is not type(tensor) or self.static() != tensor.static():  # type: ignore[attr-defined]
+        if type(self) is not type(tensor) or self.static() != tensor.static():
             return False
-        pairs = zip(self.inner_tensors(), tensor.inner_tensors(), strict=True)  # type: ignore[attr-defined]
-        return all(
-            a is b or (a is not None and b is not None and a.is_set_to(b)) for a, b in pairs
-        )
+        pairs = zip(self.inner_tensors(), tensor.inner_tensors(), strict=True)
+        return all(a is b or (a is not None and b is not None and a.is_set_to(b)) for a, b in pairs)
 
     def __format__(self, format_spec: str) -> str:
         # torch's own would go through the fallback
@@ -442,7 +447,6 @@ def rebuild(
 
 
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-_LIKE = frozenset((torch.zeros_like, torch.empty_like))
 
 
 def set_data(target: Tensor, source: Any) -> None:

@@ -21,10 +21,10 @@ class Operators:
         return torch.matmul(other, self)  # type: ignore[arg-type]
 
     def __and__(self, other: Any) -> Any:
-        return torch.bitwise_and(self, other)  # type: ignore[arg-type]
+        return torch.bitwise_and(self, other)  # type: ignore[call-overload]
 
     def __or__(self, other: Any) -> Any:
-        return torch.bitwise_or(self, other)  # type: ignore[arg-type]
+        return torch.bitwise_or(self, other)  # type: ignore[call-overload]
 
     def __iadd__(self, other: Any) -> Any:
         return self.add_(other)  # type: ignore[attr-defined]

@@ -78,19 +78,21 @@ def keeps_layout(function: Callable[..., Any]) -> bool:
     """Whether torch's own function may be applied to a layout as it is, to act on its stored
     entries.
     """
-    if function in _KEPT or _initialises(function):
+    if function in _KEPT:
         return True
     name = getattr(function, "__name__", "")
+    if name in ("__get__", "__set__", "__delete__"):
+        return function not in _MAKES_TENSOR
     if name == "custom_function_call":  # how torch.func runs an autograd.Function, ours among them
         return True
-    return name in ("__get__", "__set__", "__delete__") and function not in _MAKES_TENSOR
+    return name.endswith("_") and _initialises(function)
 
 
 def _collect_writes() -> frozenset[Any]:
     names = {found for name in _IN_PLACE if (found := getattr(torch.Tensor, name, None))}
     names |= {found for name in _IN_PLACE if (found := getattr(torch, name, None))}
-    names |= {f for f in _KEPT if f.__name__.startswith(_LISTS_IN_TORCH) and f.__name__[-1] == "_"}
-    return frozenset(names)
+    lists = [n for n in dir(torch) if n.startswith(_LISTS_IN_TORCH) and n.endswith("_")]
+    return frozenset(names | {getattr(torch, name) for name in lists})
 
 
 _LISTS_IN_TORCH = ("_foreach_", "_fused_", "_amp_foreach_")
@@ -148,8 +150,8 @@ def _values_of(value: Any, like: LayoutTensor, what: Any) -> Any:
         other: Any = value
         if other is not like and not other.same_pattern(like):
             raise TypeError(
-                f"{what}: the operands store different entries ({short(other)} and {short(like)}). Sample "
-                f"one onto the other: "
+                f"{what}: the operands store different entries ({short(other)} and "
+                f"{short(like)}). Sample one onto the other: "
                 "x.to_dense().sparse_mask(w)."
             )
         return other.stored_values
@@ -266,8 +268,8 @@ def copy_(func: Any, args: Any, kwargs: Any) -> Any:
         other: Any = source
         if not into.same_pattern(other):
             raise ValueError(
-                f"copy_: {short(other)} stores other entries than {short(into)}. To take its pattern too, "
-                f"replace the tensor "
+                f"copy_: {short(other)} stores other entries than {short(into)}. To take its "
+                "pattern too, replace the tensor "
                 "(load_state_dict(..., assign=True)); to keep this pattern, sample: "
                 "x.to_dense().sparse_mask(w)."
             )
@@ -317,6 +319,8 @@ def masked_fill_(func: Any, args: Any, kwargs: Any) -> Any:
     target, mask, value = args
     if isinstance(mask, Layout):
         chosen = _values_of(mask, target, func)
+        if chosen is None:  # the mask of exactly the stored entries
+            chosen = torch.ones_like(target.stored_values, dtype=torch.bool)
     else:
         chosen = target.sample(
             mask.expand(target.shape).to(target.stored_values.dtype)

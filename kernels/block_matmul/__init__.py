@@ -141,7 +141,8 @@ class BlockMatmul(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         from sparse_layouts.kernels.sddmm import sddmm_summed
 
-        layout, x = unwrapped(ctx.saved_tensors[0]), ctx.saved_tensors[1]
+        saved = ctx.saved_tensors  # once: a checkpoint gives them away
+        layout, x = unwrapped(saved[0]), saved[1]
         dlayout = dx = None
         with restored(ctx.settings):
             if ctx.needs_input_grad[0]:
@@ -155,9 +156,8 @@ def check(layout: BSRTensor, dense: Any, contracted: int, own: int, what: str) -
     """Raises for operands that do not fit: what was expected, what came, the way out."""
     if not isinstance(dense, Tensor):
         raise TypeError(f"{what}: expected a tensor, got {type(dense).__name__}")
-    values = (
-        layout.inner_values
-    )  # a plain tensor: its properties cost nothing, the layout's 1.5 us each
+    # a plain tensor: its properties cost nothing, the layout's 1.5 us each
+    values = layout.inner_values
     if values is None:
         raise TypeError(
             f"{what}: a mask layout has no values to multiply; convert it first: "
@@ -183,6 +183,17 @@ def check(layout: BSRTensor, dense: Any, contracted: int, own: int, what: str) -
             f"{what}: shapes {tuple(layout.shape)} (layout) and {tuple(dense.shape)} do not fit: "
             f"{wanted} and {size} must be equal"
         )
+
+
+def declines(layout: BSRTensor, dense: Any) -> bool:
+    """Whether a product of integers or complex numbers, which torch can do and no kernel here."""
+    values = layout.inner_values
+    return (
+        values is not None
+        and isinstance(dense, Tensor)
+        and values.dtype == dense.dtype
+        and not values.dtype.is_floating_point
+    )
 
 
 def autocast(layout: Any, *dense: Any) -> tuple[Any, ...]:
@@ -221,16 +232,20 @@ def _uses(layout: BSRTensor, x: Tensor) -> list[Use]:
     return uses
 
 
-def uses_of_layout_dense(input: BSRTensor, other: Tensor) -> list[Use]:
+def uses_of_layout_dense(input: BSRTensor, other: Tensor) -> Any:
     """For `sl.explain`."""
+    if declines(input, other):
+        return NotImplemented
     input, other = autocast(input, other)
     check(input, other, -2, -1, "matmul")
     return _uses(input, other)
 
 
 @route(torch.matmul, input=BSRTensor, uses=uses_of_layout_dense)
-def layout_times_dense(input: BSRTensor, other: Tensor) -> Tensor:
+def layout_times_dense(input: BSRTensor, other: Tensor) -> Any:
     """`w @ x`."""
+    if declines(input, other):
+        return NotImplemented
     input, other = autocast(input, other)
     check(input, other, -2, -1, "matmul")
     if other.dim() == 1:
@@ -238,16 +253,20 @@ def layout_times_dense(input: BSRTensor, other: Tensor) -> Tensor:
     return product(input, other)
 
 
-def uses_of_dense_layout(input: Tensor, other: BSRTensor) -> list[Use]:
+def uses_of_dense_layout(input: Tensor, other: BSRTensor) -> Any:
     """For `sl.explain`."""
+    if declines(other, input):
+        return NotImplemented
     other, input = autocast(other, input)
     check(other, input, -1, -2, "matmul")
     return _uses(transpose_blocks(other, -2, -1), input)
 
 
 @route(torch.matmul, other=BSRTensor, uses=uses_of_dense_layout)
-def dense_times_layout(input: Tensor, other: BSRTensor) -> Tensor:
+def dense_times_layout(input: Tensor, other: BSRTensor) -> Any:
     """`x @ w`."""
+    if declines(other, input):
+        return NotImplemented
     other, input = autocast(other, input)
     check(other, input, -1, -2, "matmul")
     if input.dim() == 1:
@@ -263,16 +282,20 @@ def _from_the_right(x: Tensor, flipped: BSRTensor) -> Tensor:
     return product(flipped, x.mT, True).mT
 
 
-def uses_of_linear(input: Tensor, weight: BSRTensor, bias: Tensor | None = None) -> list[Use]:
+def uses_of_linear(input: Tensor, weight: BSRTensor, bias: Tensor | None = None) -> Any:
     """For `sl.explain`."""
+    if declines(weight, input):
+        return NotImplemented
     weight, input = autocast(weight, input)
     check(weight, input, -1, -1, "linear")
     return _uses(weight, input)
 
 
 @route(F.linear, weight=BSRTensor, uses=uses_of_linear)
-def linear(input: Tensor, weight: BSRTensor, bias: Tensor | None = None) -> Tensor:
+def linear(input: Tensor, weight: BSRTensor, bias: Tensor | None = None) -> Any:
     """`F.linear(x, w, bias)`: `x @ w.mT + bias`."""
+    if declines(weight, input):
+        return NotImplemented
     weight, input, bias = autocast(weight, input, bias)
     if weight.lead_dims or weight.dim() != 2:
         raise ValueError(f"linear: expected a 2-D weight, got shape {tuple(weight.shape)}")

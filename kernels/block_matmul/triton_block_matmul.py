@@ -15,6 +15,7 @@ from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.triton_common import (
     BLOCK_SIZES,
     DTYPE_NAMES,
+    FEW_BLOCK_SIZES,
     fitting_stages,
     input_precision,
     kernel_signature,
@@ -196,7 +197,8 @@ def compilations() -> Iterator[Compilation]:
     """Every configuration: dtypes, block sizes, few columns; transposed operands, ragged sizes."""
     dtypes = [(d, "ieee") for d in DTYPE_NAMES] + [(torch.float32, "tf32")]
     for dtype, precision in dtypes:
-        for block_size in BLOCK_SIZES:
+        common = dtype.itemsize == 2 or (dtype, precision) == (torch.float32, "ieee")
+        for block_size in BLOCK_SIZES if common else FEW_BLOCK_SIZES:
             for n in (4096, NARROW):
                 yield _compilation(dtype, block_size, n, precision)
     for dtype, precision in dtypes:

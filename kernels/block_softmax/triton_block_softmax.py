@@ -13,8 +13,8 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.triton_common import (
-    BLOCK_SIZES,
     DTYPE_NAMES,
+    FEW_BLOCK_SIZES,
     kernel_signature,
     stored_bits,
 )
@@ -331,7 +331,9 @@ def compilations() -> Iterator[Compilation]:
     for kernel in (block_softmax_kernel, block_softmax_backward_kernel):
         for log in (False, True):
             for dtype in DTYPE_NAMES:
-                for block_size in BLOCK_SIZES:
+                for block_size in (
+                    FEW_BLOCK_SIZES if dtype != torch.float64 else FEW_BLOCK_SIZES[:1]
+                ):
                     yield _compilation(kernel, dtype, block_size, log)
                 yield _compilation(kernel, dtype, (16, 16), log, partial=True)
                 yield _compilation(kernel, dtype, (64, 64), log, partial=True)

@@ -92,8 +92,8 @@ class SDDMM(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         from sparse_layouts.kernels.block_matmul import product
 
-        a, b = ctx.saved_tensors[:2]
-        output = unwrapped(ctx.saved_tensors[2])
+        a, b, saved = ctx.saved_tensors
+        output = unwrapped(saved)
         gradient: BSRTensor = as_layout(grad, output)
         da = db = None
         with restored(ctx.settings):

@@ -15,6 +15,7 @@ from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.triton_common import (
     BLOCK_SIZES,
     DTYPE_NAMES,
+    FEW_BLOCK_SIZES,
     fitting_stages,
     input_precision,
     kernel_signature,
@@ -229,7 +230,8 @@ def compilations() -> Iterator[Compilation]:
     """Every configuration: dtypes and block sizes; transposed operands, bit tiles."""
     dtypes = [(d, "ieee") for d in DTYPE_NAMES] + [(torch.float32, "tf32")]
     for dtype, precision in dtypes:
-        for block_size in BLOCK_SIZES:
+        common = dtype.itemsize == 2 or (dtype, precision) == (torch.float32, "ieee")
+        for block_size in BLOCK_SIZES if common else FEW_BLOCK_SIZES:
             yield _compilation(dtype, block_size, precision)
     for dtype, precision in dtypes:
         for block_size in ((16, 16), (64, 64)):
