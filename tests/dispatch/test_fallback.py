@@ -209,10 +209,13 @@ def test_a_missing_kernel_computes_the_reference_and_says_so(
     namespace["my_block_matmul"].unregister()
 
 
+def test_integers_are_multiplied_densely(w: sl.BSRTensor) -> None:
+    x = torch.arange(128, dtype=torch.int32).view(64, 2)
+    with pytest.warns(sl.DenseFallbackWarning, match="torch.matmul"):
+        assert torch.equal(w.to(torch.int32) @ x, x)
+
+
 def test_a_missing_kernel_gives_every_reason(w: sl.BSRTensor) -> None:
-    integers = w.to(torch.int32)
-    with pytest.raises(TypeError, match="expected a floating dtype"):
-        integers @ torch.ones(64, 2, dtype=torch.int32)
     rows = KERNELS.rows["block_matmul"]
     KERNELS.rows["block_matmul"] = []
     register_kernel("block_matmul", "never", "no:where", lambda facts: "not on a Friday")
