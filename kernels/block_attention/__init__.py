@@ -81,7 +81,7 @@ def _launch(
         bias=bias,
         bias_base=bias_base,
     )
-    return _laid_out_as(out, _empty_output(q, v, "meta")), lse
+    return _laid_out_as(out, q if q.shape[-1] == v.shape[-1] else _empty_output(q, v, "meta")), lse
 
 
 def _empty_output(q: Tensor, v: Tensor, device: str | None = None) -> Tensor:
@@ -92,10 +92,15 @@ def _empty_output(q: Tensor, v: Tensor, device: str | None = None) -> Tensor:
 
 
 def _laid_out_as(x: Tensor, like: Tensor) -> Tensor:
-    """x with the strides of `like`; kernels may return either, compiled code relies on one."""
-    if x.stride() == like.stride():
+    """x with the strides of `torch.empty_like(like)`; kernels may return others, compiled code
+    relies on these.
+    """
+    if x.shape == like.shape and x.stride() == like.stride():
+        return x  # x is new and so without gaps: like has none either
+    strides = torch.empty_like(like, device="meta").stride()
+    if x.stride() == strides:
         return x
-    return torch.empty_strided(x.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _shape(
@@ -146,10 +151,7 @@ def _launch_backward(
         dbias_base=own.base,
         dbias_blocks=own.blocks,
     )
-    dq, dk, dv = (
-        _laid_out_as(grad, torch.empty_like(x, device="meta"))
-        for grad, x in ((dq, q), (dk, k), (dv, v))
-    )
+    dq, dk, dv = _laid_out_as(dq, q), _laid_out_as(dk, k), _laid_out_as(dv, v)
     if dbias is None or bias is None:
         return dq, dk, dv, q.new_empty(0)
     assert bias_base is not None

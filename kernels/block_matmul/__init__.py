@@ -168,8 +168,6 @@ def check(layout: BSRTensor, dense: Any, contracted: int, own: int, what: str) -
             f"{what}: expected one dtype, got {values.dtype} and {dense.dtype}; convert one with "
             f".to(dtype)"
         )
-    if not values.dtype.is_floating_point:
-        raise TypeError(f"{what}: expected a floating dtype, got {values.dtype}")
     if values.device != dense.device:
         raise ValueError(
             f"{what}: the layout is on {values.device}, the dense operand on {dense.device}"
