@@ -14,7 +14,8 @@ class Compilation(NamedTuple):
     Each `triton_*.py` has `compilations()`, which yields these, the most used one first.
     `signature` names the type of every argument (`"*bf16"`, `"i32"`, `"fp32"`, `"constexpr"`),
     `constexprs` the values of the constant ones, `options` what the launcher passes besides
-    (`num_warps`, `num_stages`). `min_capability`: 80, 90 or 100.
+    (`num_warps`, `num_stages`). `min_capability` and
+    `max_capability`: the first and the last of 80, 90 and 100 that are launched with it.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Compilation(NamedTuple):
     constexprs: dict[str, Any]
     options: dict[str, Any]
     min_capability: int = 80
+    max_capability: int = 100
 
     def compile(self, capability: int) -> Any:
         """Compiles for one compute capability (80, 90, 100);

@@ -335,4 +335,5 @@ def compilations() -> Iterator[Compilation]:
             constexprs,
             {"num_warps": tiles.num_warps},
             case.min_capability,
+            case.max_capability,
         )

@@ -56,7 +56,7 @@ def every_compilation(first: bool) -> list[Any]:
         for capability in CAPABILITIES:
             seen = set()
             for compilation in compilations_of(name):
-                if capability < compilation.min_capability:
+                if not compilation.min_capability <= capability <= compilation.max_capability:
                     continue
                 is_first = compilation.kernel not in seen and capability in FIRST_CAPABILITIES
                 seen.add(compilation.kernel)
