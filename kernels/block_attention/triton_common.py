@@ -168,8 +168,8 @@ def choose(
 def shared_memory_kb(device: torch.device) -> int:
     """The class of the tile tables, by KB of shared memory that a block of threads may have.
 
-    On a CPU (interpreter) Hopper's. Compute capability 10.0 has as much, but the compiler takes more
-    of it for the same tile there (257 KB at head size 256), and so it counts as 163.
+    On a CPU (interpreter) Hopper's. Compute capability 10.0 has as much, but the compiler takes
+    more of it for the same tile (257 KB at head size 256): it counts as 163.
     """
     if device.type != "cuda":
         return 227
