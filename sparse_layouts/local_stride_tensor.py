@@ -1,6 +1,6 @@
 """LocalStrideTensor:
 
-local blocks and every so-manieth column, a different residue for each head (phi-3-small's
+local blocks and every n-th column, a different residue for each head (phi-3-small's
 attention).
 """
 

@@ -329,14 +329,12 @@ def document(
 
     crow, col = from_progressions(segments, device=device)
     ids, tiles = _document_tiles(crow, col, documents.to(device).view(blocked), b, causal)
-    head_map = None
     made = build_pattern(
         crow,
         col,
         shape=(n, n),
         block_size=(b, b),
         lead=lead,
-        head_map=head_map,
         block_tiles=ids,
         tiles=tiles,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -217,8 +215,3 @@ def _own_bias(
                 b % max(bias.shape[0], 1), start : start + count
             ]
     return own
-
-
-def default_scale(head_dim: int) -> float:
-    """torch's default: 1 / sqrt(D)."""
-    return 1.0 / math.sqrt(head_dim)

@@ -5,25 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_layouts.block_pattern import BlockPattern, entry_rows
-
-
-def densify(values: Tensor, pattern: BlockPattern) -> Tensor:
-    """The matrices (B, P, M, N) of `values` (B, S, bm, bn) on a pattern without a head map;
-
-    differentiable.
-    """
-    p = pattern
-    assert p.head_map is None, "values need lists of their own for every head: expand_heads"
-    (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
-    if p.row_slots is not None:
-        values = values[:, p.row_slots.long()]
-    rows = entry_rows(p.crow_indices, p.num_blocks)
-    where = rows * nb + p.col_indices
-    out = values.new_zeros(values.shape[0], p.num_patterns * mb * nb, bm, bn)
-    out = out.index_copy(1, where, values)
-    out = out.view(-1, p.num_patterns, mb, nb, bm, bn).transpose(3, 4)
-    return out.reshape(-1, p.num_patterns, mb * bm, nb * bn)[..., :m, :n]
+from sparse_layouts.block_pattern import BlockPattern
+from sparse_layouts.block_values import densify
 
 
 def block_matmul(
