@@ -145,7 +145,10 @@ def explain(function: Function, *args: Any, **kwargs: Any) -> Explanation:
     )
     own = getattr(function, "__explain__", None)
     if own is not None:  # one of the library's own functions: it names its ops itself
-        plans = [OpPlan(u.purpose, u.op, verdicts(u.op, u.facts)) for u in own(*args, **kwargs)]
+        uses = own(*args, **kwargs)
+        if isinstance(uses, tuple):  # it hands the call on to a torch function
+            return explain(uses[0], *uses[1], **uses[2])
+        plans = [OpPlan(u.purpose, u.op, verdicts(u.op, u.facts)) for u in uses]
         return Explanation(call, None, plans, "", 0, native=True)
     layouts = layouts_in(args) + layouts_in(kwargs)
     if not layouts:

@@ -25,8 +25,9 @@ class Facts(NamedTuple):
     """What a kernel's requirements may look at: nothing that needs the tensors' contents, hashable,
     the same for equal calls.
 
-    `capability` is (0, 0) off CUDA, `triton` the installed version or () without one; `head_dim` is
-    0 where the op has none.
+    `capability` is (0, 0) off CUDA, `triton` the installed version or () without one. What an op
+    has not is 0: `block_size`, `head_dim`, `n_of_m` (of an n:m layout), `columns` (of the dense
+    operand of a product, rounded up to a power of two, so that lengths do not make new choices).
     """
 
     device: str
@@ -35,6 +36,8 @@ class Facts(NamedTuple):
     triton: tuple[int, ...] = ()
     block_size: tuple[int, int] = (0, 0)
     head_dim: int = 0
+    n_of_m: tuple[int, int] = (0, 0)
+    columns: int = 0
 
 
 Requires = Callable[[Facts], "str | None"]

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+from sparse_layouts.dispatch import settings
 from sparse_layouts.dispatch.faces import (
     PARAMETERS,
     Function,
@@ -17,8 +18,9 @@ from sparse_layouts.dispatch.faces import (
     read_call,
     wider_readings,
 )
-from sparse_layouts.dispatch.kernel_table import Facts, place_of_caller
+from sparse_layouts.dispatch.kernel_table import Facts, facts_of, place_of_caller
 from sparse_layouts.dispatch.layout import Layout
+from sparse_layouts.dispatch.tracing import Step, described
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -254,19 +256,41 @@ def matches(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return found
 
 
+def _run(row: Route, reading: Reading) -> Any:
+    """What the handler returns. A handler from outside this library is a step of the trace in force
+    (the library's own record the kernels that they run).
+    """
+    found = settings.current().trace
+    if found is None or row.handler.__module__.startswith("sparse_layouts."):
+        return row.handler(*reading.args, **reading.kwargs)
+    steps_before = len(found.steps)
+    result = row.handler(*reading.args, **reading.kwargs)
+    if result is not NotImplemented:
+        layout: Any = next(v for v in _flat(reading) if isinstance(v, Layout))
+        name = getattr(row.handler, "__qualname__", repr(row.handler))
+        step = Step(name_of(row.function), name, *described(facts_of(layout)), 0)
+        found.steps.insert(steps_before, step)
+    return result
+
+
+def _flat(reading: Reading) -> list[Any]:
+    given = [*reading.args, *reading.kwargs.values()]
+    return [v for value in given for v in (value if isinstance(value, (tuple, list)) else [value])]
+
+
 def call_route(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of the first route that serves the call and does not decline, if any."""
     first = read_call(function, args, kwargs)
     row = find_route(first.function, first.args, first.kwargs)
     if row is not None:
-        result = row.handler(*first.args, **first.kwargs)
+        result = _run(row, first)
         if result is not NotImplemented:
             return result
     for reading in wider_readings(first):
         row = find_route(reading.function, reading.args, reading.kwargs)
         if row is None:
             continue
-        result = row.handler(*reading.args, **reading.kwargs)
+        result = _run(row, reading)
         if result is not NotImplemented:
             return result if reading.finish is None else reading.finish(result)
     return NotImplemented

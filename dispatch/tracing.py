@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Step(NamedTuple):
     """One thing that ran:
 
-    an op's kernel, or a torch function on densified operands (`kernel` is "dense fallback").
+    an op's kernel, a torch function on densified operands (`kernel` is "dense fallback"), or a
+    route from outside this library (`kernel` is the handler).
     """
 
     what: str
@@ -82,5 +83,9 @@ def record(what: str, kernel: str, facts: Facts, dense_bytes: int) -> None:
     """Adds a step to the trace in force, if there is one."""
     found = settings.current().trace
     if found is not None:
-        dtype = str(facts.dtype).removeprefix("torch.")
-        found.steps.append(Step(what, kernel, facts.device, dtype, dense_bytes))
+        found.steps.append(Step(what, kernel, *described(facts), dense_bytes))
+
+
+def described(facts: Facts) -> tuple[str, str]:
+    """The device and dtype as a step shows them."""
+    return facts.device, str(facts.dtype).removeprefix("torch.")

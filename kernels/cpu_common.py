@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_layouts.block_pattern import BlockPattern, derived, entry_rows
+from sparse_layouts.block_pattern import BlockPattern, entry_rows
+from sparse_layouts.derived import derived
 from sparse_layouts.kernels.cpu_schedule import Schedule, Step
 
 LOG2_E = math.log2(math.e)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_layouts.block_pattern import BlockPattern, derived, entry_rows, tile_table
+from sparse_layouts.block_pattern import BlockPattern, entry_rows, tile_table
+from sparse_layouts.derived import derived
 
 # Scores of one step, 2 MB in fp32: what stays in the caches of two cores (EPYC 9004, attention of
 # 8 heads, 4096 tokens, head size 64, local-stride in blocks of 64, 2026-11-20).

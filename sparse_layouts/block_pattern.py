@@ -9,16 +9,15 @@ blocks); a matrix of blocks is never made.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-T = TypeVar("T")
+from sparse_layouts.derived import derived
+
 WORD_BITS = 32
 
 
@@ -80,54 +79,6 @@ class BlockPattern(NamedTuple):
 
 
 TENSOR_FIELDS = BlockPattern._fields[:10]
-
-
-_derived: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def derived(pattern: BlockPattern, key: Any, build: Callable[[], T]) -> T:
-    """Returns `build()`, made once for this pattern's index tensors and dropped with them.
-
-    `key` names what is derived and with which parameters; it must be hashable. `build` must depend
-    on the index tensors alone, never on values.
-    """
-    store = _derived.get(pattern.crow_indices)
-    if store is None:
-        store = _derived[pattern.crow_indices] = {}
-    # Two patterns may share crow_indices and differ elsewhere (counts dropped, a transpose): the
-    # identities of the rest are part of the key. They are alive as long as the entry can be found,
-    # because `pattern` holds them, and an entry whose tensors died is replaced.
-    rest = tuple(None if t is None else id(t) for t in pattern[1:10])
-    found = store.get((key, rest))
-    if found is not None and all(r is None or r() is not None for r in found[1]):
-        return found[0]
-    value = build()
-    store[key, rest] = (
-        value,
-        tuple(None if t is None else weakref.ref(t) for t in pattern[1:10]),
-    )
-    return value
-
-
-def derived_bytes(pattern: BlockPattern) -> int:
-    """Bytes of all that :func:`derived` keeps for this pattern."""
-
-    def count(value: Any) -> int:
-        if isinstance(value, Tensor):
-            return value.untyped_storage().nbytes()
-        if isinstance(value, np.ndarray):
-            return value.nbytes
-        if isinstance(value, dict):
-            return sum(count(v) for v in value.values())
-        if isinstance(value, (tuple, list)):
-            return sum(count(v) for v in value)
-        return 0
-
-    store = _derived.get(pattern.crow_indices)
-    own = {id(t) for t in pattern[:10] if t is not None}
-    if store is None:
-        return 0
-    return sum(count(v) for v, _ in store.values() if id(v) not in own)
 
 
 def entry_rows(crow_indices: Tensor, num_blocks: int) -> Tensor:

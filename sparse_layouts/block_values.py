@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_layouts.block_pattern import BlockPattern, derived, entry_rows, tile_table
+from sparse_layouts.block_pattern import BlockPattern, entry_rows, tile_table
+from sparse_layouts.derived import derived
 
 
 def slots_in_row_order(pattern: BlockPattern) -> Tensor:

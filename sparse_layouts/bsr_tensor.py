@@ -13,8 +13,6 @@ from torch import Tensor
 from sparse_layouts.block_pattern import (
     TENSOR_FIELDS,
     BlockPattern,
-    derived,
-    derived_bytes,
     expand_heads,
     transpose_pattern,
 )
@@ -26,6 +24,7 @@ from sparse_layouts.block_values import (
     slots_in_row_order,
     unstored_entries,
 )
+from sparse_layouts.derived import derived, derived_bytes
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.pattern_checks import check_pattern
 
@@ -108,6 +107,11 @@ class BSRTensor(LayoutTensor):
         if self.inner_values is None:
             return self
         return type(self).on_pattern(None, self.block_pattern, **self.own_static())
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(M, N)."""
+        return self.block_pattern.shape
 
     @property
     def is_mask(self) -> bool:

@@ -22,11 +22,13 @@ from sparse_layouts.mask_algebra import select
 
 
 class Transpose(torch.autograd.Function):
-    """The transposed block layout; its values are a view of the argument's."""
+    """The transposed layout; its values are a view of the argument's."""
 
     @staticmethod
-    def forward(layout: BSRTensor) -> BSRTensor:
-        return layout.transposed()
+    def forward(layout: LayoutTensor) -> LayoutTensor:
+        flipped = layout.transposed()
+        assert flipped is not None
+        return flipped
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -35,23 +37,38 @@ class Transpose(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         layout, output = ctx.saved_tensors
-        flipped = transpose_blocks(as_layout(grad, output), -2, -1)
+        flipped = transpose_layout(as_layout(grad, output), -2, -1)
         if type(flipped) is type(layout):
             return flipped
         return with_values(layout, values_of(flipped))  # the slots are the same
 
 
-@route(torch.transpose, input=BSRTensor)
-def transpose_blocks(input: BSRTensor, dim0: int, dim1: int) -> Any:
-    """`w.mT`:
+def if_taken(takes: Callable[..., bool]) -> Callable[..., list[Use]]:
+    """For `sl.explain`: no op where `takes(*args, **kwargs)` holds, and a declined call else."""
 
-    row and column lists change places and the values are shared; the last two dimensions only.
-    """
+    def uses(*args: Any, **kwargs: Any) -> Any:
+        return [] if takes(*args, **kwargs) else NotImplemented
+
+    return uses
+
+
+def can_transpose(input: LayoutTensor, dim0: int, dim1: int) -> bool:
+    """Whether a layout has a transpose of its own, and these are its last two dimensions."""
     with torch._C.DisableTorchFunctionSubclass():
         dims = input.dim()
-        differentiable = torch.is_grad_enabled() and input.requires_grad
-    if {dim0 % dims, dim1 % dims} != {dims - 1, dims - 2}:
+    own = type(input).transposed is not LayoutTensor.transposed
+    return own and {dim0 % dims, dim1 % dims} == {dims - 1, dims - 2}
+
+
+@route(torch.transpose, input=LayoutTensor, uses=if_taken(can_transpose))
+def transpose_layout(input: Any, dim0: int, dim1: int) -> Any:
+    """`w.mT` shares the values (of a block layout row and column lists change places); the last two
+    dimensions only, and only of layouts that have a transpose.
+    """
+    if not can_transpose(input, dim0, dim1):
         return NotImplemented
+    with torch._C.DisableTorchFunctionSubclass():
+        differentiable = torch.is_grad_enabled() and input.requires_grad
     if not differentiable:
         return input.transposed()
     out = apply(Transpose, input)
@@ -71,15 +88,6 @@ def select_blocks(input: BSRTensor, index: Any) -> Any:
     """
     found = select(input, index)
     return NotImplemented if found is None else found
-
-
-def if_taken(takes: Callable[..., bool]) -> Callable[..., list[Use]]:
-    """For `sl.explain`: no op where `takes(*args, **kwargs)` holds, and a declined call else."""
-
-    def uses(*args: Any, **kwargs: Any) -> Any:
-        return [] if takes(*args, **kwargs) else NotImplemented
-
-    return uses
 
 
 def _is_scalar(value: Any) -> bool:
@@ -358,6 +366,23 @@ def log_softmax_of_entries(
 ) -> LayoutTensor:
     """`torch.log_softmax(w, dim)` of any layout, likewise."""
     return _softmax_densely(input, dim, dtype, True)
+
+
+@route(torch.sparse.sampled_addmm, input=LayoutTensor)
+def sampled_addmm_densely(
+    input: Any, mat1: Tensor, mat2: Tensor, *, beta: float = 1.0, alpha: float = 1.0
+) -> LayoutTensor:
+    """`sl.sddmm(a, b, w)` and `torch.sparse.sampled_addmm(w, a, b)` of any layout: the dense
+    product, sampled.
+    """
+    kind = type(input).__name__
+    what = f"sampled_addmm of a {kind} has no kernel; computing the whole product."
+    permit(what, 2 * dense_bytes(input), input.device.type, "sampled_addmm")
+    record("sampled_addmm", "dense fallback", facts_of(mat1), 2 * dense_bytes(input))
+    scaled = sampled(mat1 @ mat2 if alpha == 1 else alpha * (mat1 @ mat2), input)
+    if beta == 0 or input.stored_values is None:
+        return scaled
+    return cast(LayoutTensor, scaled + (input if beta == 1 else input * beta))
 
 
 @route(torch.maximum, input=LayoutTensor, other=LayoutTensor, out=LayoutTensor)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from sparse_layouts.dispatch import Layout, call_route, fall_back
 from sparse_layouts.dispatch.fallback import densified, first_argument, layouts_in
+from sparse_layouts.dispatch.missing_gradient import differentiable, lacks_gradient
 from sparse_layouts.operators import Operators
+from sparse_layouts.optimizer_entries import called_by_optimizer, on_entries
 from sparse_layouts.stored_entries import handler_of, keeps_layout, short, writes_entries
 
 L = TypeVar("L", bound="LayoutTensor")
@@ -128,6 +130,21 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
         rest = [None if t is None else function(t) for t in self.inner_tensors()[1:]]
         dtype = self.dtype if values is None else values.dtype
         return type(self)(values, *rest, shape=self.shape, dtype=dtype, **self.static())
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(M, N), the last two sizes; cheaper than `shape`, which torch asks `__torch_function__`
+        about.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            shape = self.shape
+        return shape[-2], shape[-1]
+
+    def transposed(self) -> LayoutTensor | None:
+        """The transposed layout on the same values, not differentiable; None where a layout has
+        none: its transpose is dense.
+        """
+        return None
 
     def to_dense_entries(self) -> Tensor:
         """The plain matrix from the inner tensors, not differentiable:
@@ -299,9 +316,13 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
         kwargs = {} if kwargs is None else kwargs
         if not keeps_layout(func):
             result = call_route(func, args, kwargs)
-            if result is not NotImplemented:
-                return result
-            return fall_back(func, args, kwargs)
+            if result is NotImplemented and called_by_optimizer():
+                result = on_entries(func, args, kwargs)
+            if result is NotImplemented:
+                return fall_back(func, args, kwargs)
+            if lacks_gradient(result, args, kwargs):
+                return differentiable(func, args, kwargs, result)
+            return result
         name = getattr(func, "__name__", "")
         if name == "__get__":
             pass  # the most frequent of all: w.shape

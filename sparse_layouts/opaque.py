@@ -46,14 +46,17 @@ def define(
 ) -> Callable[..., Any]:
     """Defines `sparse_layouts::name` and returns a function that calls it.
 
-    `arguments` is a schema with `{pattern}` where a BlockPattern stands; `launch` runs it on real
-    tensors, `shape` makes empty results. Both get the BlockPattern whole. No autograd: ops have
-    their own `autograd.Function`.
+    `arguments` is a schema, with `{pattern}` where a BlockPattern stands, if one does; `launch`
+    runs it on real tensors, `shape` makes empty results. Both get the BlockPattern whole. No
+    autograd: ops have their own `autograd.Function`.
     """
+    has_pattern = "{pattern}" in arguments
     at = arguments.split("{pattern}")[0].count(",")
     _library.define(f"{name}({arguments.format(pattern=_PATTERN)}) -> {returns}")
 
     def whole(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not has_pattern:
+            return args
         flat = args[at : at + _WIDTH]
         pattern = BlockPattern._make((*flat[:10], *map(tuple, flat[10:])))
         return (*args[:at], pattern, *args[at + _WIDTH :])
@@ -71,6 +74,8 @@ def define(
     def call(*args: Any) -> Any:
         if _eager(args[0]):
             return launch(*args)
+        if not has_pattern:
+            return operator(*args)
         return operator(*args[:at], *args[at], *args[at + 1 :])
 
     call.__name__ = name

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_layouts.block_pattern import BlockPattern, derived, expand_heads
+from sparse_layouts.block_pattern import BlockPattern, expand_heads
+from sparse_layouts.derived import derived
 
 if TYPE_CHECKING:
     from sparse_layouts.bsr_tensor import BSRTensor

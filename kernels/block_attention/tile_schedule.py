@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparse_layouts.block_pattern import BlockPattern, derived, entry_rows
+from sparse_layouts.block_pattern import BlockPattern, entry_rows
+from sparse_layouts.derived import derived
 
 Lists = Literal["rows", "columns"]
 

@@ -30,7 +30,7 @@ from sparse_layouts.dispatch import (
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.block_softmax import reference
 from sparse_layouts.layout_autograd import apply, as_layout, differentiates, unwrapped
-from sparse_layouts.layout_routes import transpose_blocks
+from sparse_layouts.layout_routes import transpose_layout
 
 OP, BACKWARD = "block_softmax", "block_softmax_backward"
 _TRITON = "sparse_layouts.kernels.block_softmax.triton_block_softmax"
@@ -124,7 +124,7 @@ def _softmax(layout: BSRTensor, dim: int, dtype: torch.dtype | None, log: bool) 
     if dtype is not None:
         layout = cast(BSRTensor, layout.to(dtype))
     if axis == layout.dim() - 2:
-        return transpose_blocks(_softmax(transpose_blocks(layout, -2, -1), -1, None, log), -2, -1)
+        return transpose_layout(_softmax(transpose_layout(layout, -2, -1), -1, None, log), -2, -1)
     if differentiates(layout):
         return apply(BlockSoftmax, layout, log)
     return BlockSoftmax.forward(layout, log)

@@ -8,7 +8,7 @@ Gradients: `da = G @ b.mT`, `db = a.mT @ G`, G the gradient in the layout: block
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,10 +27,13 @@ from sparse_layouts.dispatch import (
     run,
 )
 from sparse_layouts.kernels import requirements
+from sparse_layouts.kernels.products import fold_summed, product
 from sparse_layouts.kernels.sddmm import reference
 from sparse_layouts.layout_autograd import apply, as_layout, differentiates, unwrapped
-from sparse_layouts.layout_routes import transpose_blocks
+from sparse_layouts.layout_routes import transpose_layout
+from sparse_layouts.layout_tensor import LayoutTensor
 
+L = TypeVar("L", bound=LayoutTensor)
 OP = "sddmm"
 register_kernel(
     OP, "triton", "sparse_layouts.kernels.sddmm.triton_sddmm:sddmm", requirements.triton_blocks
@@ -90,7 +93,7 @@ class SDDMM(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        from sparse_layouts.kernels.block_matmul import product
+        from sparse_layouts.kernels.block_matmul import FAMILY
 
         a, b, saved = ctx.saved_tensors
         output = unwrapped(saved)
@@ -98,9 +101,11 @@ class SDDMM(torch.autograd.Function):
         da = db = None
         with restored(ctx.settings):
             if ctx.needs_input_grad[0]:
-                da = product(gradient, b.mT).sum_to_size(a.shape)
+                da = product(FAMILY, gradient, b.mT).sum_to_size(a.shape)
             if ctx.needs_input_grad[1]:
-                db = product(transpose_blocks(gradient, -2, -1), a, True).mT.sum_to_size(b.shape)
+                db = product(FAMILY, transpose_layout(gradient, -2, -1), a, True).mT.sum_to_size(
+                    b.shape
+                )
         return da, db, None
 
 
@@ -137,7 +142,7 @@ def check(a: Any, b: Any, mask: Any) -> None:
         )
 
 
-def sddmm(a: Tensor, b: Tensor, mask: BSRTensor) -> BSRTensor:
+def sddmm(a: Tensor, b: Tensor, mask: L) -> L:
     """The product `a @ b` at the entries that `mask` stores, in the mask's layout; differentiable
     in a and b.
 
@@ -152,8 +157,14 @@ def sddmm(a: Tensor, b: Tensor, mask: BSRTensor) -> BSRTensor:
     >>> sl.sddmm(q, k.mT, sl.causal(64, block_size=16)).shape
     torch.Size([2, 64, 64])
     """
-    if torch.compiler.is_dynamo_compiling():
-        # a torch function stays one node of the graph; this one would be traced line by line
+    if torch.compiler.is_dynamo_compiling() or not isinstance(mask, BSRTensor):
+        if not isinstance(mask, LayoutTensor):
+            raise TypeError(
+                f"sddmm: expected a layout as the mask, got {type(mask).__name__}; sl.mask_from "
+                f"makes one"
+            )
+        # A torch function stays one node of the graph; this one would be traced line by line. And
+        # it finds the route of any layout.
         return torch.sparse.sampled_addmm(mask, a, b, beta=0)
     return _sddmm(a, b, mask)
 
@@ -165,8 +176,10 @@ def _sddmm(a: Tensor, b: Tensor, mask: BSRTensor) -> BSRTensor:
     return sampled_product(a, b, mask)
 
 
-def uses_of_sddmm(a: Tensor, b: Tensor, mask: BSRTensor) -> list[Use]:
+def uses_of_sddmm(a: Tensor, b: Tensor, mask: LayoutTensor) -> Any:
     """For `sl.explain`."""
+    if not isinstance(mask, BSRTensor):
+        return torch.sparse.sampled_addmm, (mask, a, b), {"beta": 0}
     check(a, b, mask)
     own = facts(a, mask.block_size)
     uses = [Use("forward", OP, own)]
@@ -184,21 +197,18 @@ def sddmm_summed(a: Tensor, b: Tensor, layout: BSRTensor) -> BSRTensor:
 
     Those are laid end to end along the contracted dimension: one product, and nothing to add.
     """
-    outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    own = tuple(layout.shape[:-2])
-    aligned = (1,) * (len(outer) - len(own)) + own
-    folded = [i for i, size in enumerate(outer) if size != 1 and aligned[i] == 1]
-    if folded or len(outer) > len(own):
-        kept = [i for i in range(len(outer)) if i not in folded]
-        end = len(outer)
-        a = a.expand(*outer, *a.shape[-2:]).permute(*kept, end, *folded, end + 1)
-        b = b.expand(*outer, *b.shape[-2:]).permute(*kept, *folded, end, end + 1)
-        a = a.reshape(*own, layout.shape[-2], -1)
-        b = b.reshape(*own, a.shape[-1], layout.shape[-1])
+    a, b = fold_summed(a, b, tuple(layout.shape[:-2]))
     return _sddmm(a, b, layout)
 
 
-@route(torch.sparse.sampled_addmm, input=BSRTensor)
+def uses_of_sampled_addmm(
+    input: BSRTensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1.0, alpha: float = 1.0
+) -> list[Use]:
+    """For `sl.explain`."""
+    return uses_of_sddmm(mat1, mat2, input)
+
+
+@route(torch.sparse.sampled_addmm, input=BSRTensor, uses=uses_of_sampled_addmm)
 def sampled_addmm(
     input: BSRTensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1.0, alpha: float = 1.0
 ) -> BSRTensor:

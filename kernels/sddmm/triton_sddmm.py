@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_layouts.block_pattern import BlockPattern, derived
+from sparse_layouts.block_pattern import BlockPattern
+from sparse_layouts.derived import derived
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.triton_common import (
     BLOCK_SIZES,

@@ -23,6 +23,7 @@ from sparse_layouts.kernels.block_attention.reference import _dense_bias, dropou
 from sparse_layouts.kernels.block_matmul.reference import densify
 from sparse_layouts.kernels.sddmm.reference import sample
 from tests.kernels.cases import Call, stored_entries
+from tests.kernels.ops import dense_of, exported
 
 # By norm, and for the largest entry, which varies more than a norm does: times what torch loses.
 FACTORS = {"norm": 2, "largest": 4}
@@ -233,6 +234,10 @@ DENSE = {
 
 def zeros_by_definition(op: str, call: Call) -> Results:
     """For every result of an op where it is exactly 0: bool, or None where nothing is known."""
+    if op not in DENSE:
+        own = exported("ZEROS", op)
+        count = len(exact_results(op, call)) if own is None else 0
+        return (None,) * count if own is None else own(call)
     pattern = call.pattern
     if op == "block_matmul":
         rows = dense_counts(lists_as_heads(pattern)).any(-1)
@@ -283,7 +288,7 @@ def lost_by_torch(op: str, call: Call) -> list[dict[str, float] | None]:
         ]
     exact = exact_results(op, call)
     of_dtype, of_float32 = (
-        errors_of(DENSE[op](Arithmetic(call.dtype, work), *call.args, **call.kwargs), exact)
+        errors_of(dense_of(op)(Arithmetic(call.dtype, work), *call.args, **call.kwargs), exact)
         for work in (call.dtype, torch.float32)
     )
     return [

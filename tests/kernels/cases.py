@@ -1,8 +1,7 @@
 """Inputs for every op's kernels: patterns, operands and their strides, in any dtype on any device.
 
-The kernel suite, the GPU tests and the benchmarks build their inputs here: `from
-tests.kernels.cases import OPS`. An op's cases are found by its name; a new kernel of a known op
-needs nothing here, a new op an entry in `OPS`.
+The kernel suite, the GPU tests and the benchmarks build their inputs here. These are the ops on
+blocks; `ops.py` finds those of the other families. A new kernel of a known op needs nothing here.
 """
 
 from __future__ import annotations
@@ -73,13 +72,11 @@ class Case(NamedTuple):
     name: str
     build: Callable[[torch.dtype, Device], Call]
     small: bool
-    block_size: tuple[int, int]
-    head_dim: int
+    more_facts: dict[str, Any]
 
     def facts(self, dtype: torch.dtype, device: Device) -> Facts:
         """What the choice of a kernel for this call depends on."""
-        tensor = torch.zeros(0, dtype=dtype, device=device)
-        return facts_of(tensor, block_size=self.block_size, head_dim=self.head_dim)
+        return facts_of(torch.zeros(0, dtype=dtype, device=device), **self.more_facts)
 
 
 def random_source(name: str) -> torch.Generator:
@@ -280,8 +277,7 @@ class BlockCase:
             self.name,
             lambda dtype, device: build(self, dtype, device),
             self.small,
-            self.stored.block,
-            0,
+            {"block_size": self.stored.block},
         )
 
 
@@ -463,7 +459,8 @@ class AttentionCase:
         """This case for the forward or the backward op."""
         build = self.build_backward if op.endswith("backward") else self.build_forward
         head_dim = max(self.head_dim, self.value_dim or 0)
-        return Case(self.name, build, self.small, self.stored.block, head_dim)
+        facts = {"block_size": self.stored.block, "head_dim": head_dim}
+        return Case(self.name, build, self.small, facts)
 
 
 def own_slots(pattern: BlockPattern, head_map: Tensor) -> tuple[Tensor, int]:
@@ -646,3 +643,5 @@ OPS: dict[str, list[Case]] = {
     "block_attention": [c.case("block_attention") for c in ATTENTION_CASES],
     "block_attention_backward": [c.case("block_attention_backward") for c in ATTENTION_CASES],
 }
+# in each some entries are zero by definition, and the operands are neither few nor tiny
+EXAMPLES = {op: "transposed" if op.startswith("block_attention") else "partial" for op in OPS}

@@ -20,7 +20,8 @@ from sparse_layouts.dispatch import Facts, Kernel
 from sparse_layouts.dispatch.kernel_table import KERNELS
 from tests.conftest import HAS_TRITON
 from tests.kernels.accuracy import as_results, check_call, reference_of
-from tests.kernels.cases import OPS, Call, Case
+from tests.kernels.cases import Call, Case
+from tests.kernels.ops import all_cases, families
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTERPRETED_DTYPES = (torch.float32, torch.float16)
@@ -32,6 +33,12 @@ MARKS = {
     "interpreter": (pytest.mark.interpreter, pytest.mark.filterwarnings(AS_ON_A_GPU)),
     "gpu": (pytest.mark.gpu,),
 }
+
+
+# those of every op that are run several times, for equal bits
+REPEATED = {"block64", "partial_counts", "one_kv_head", "bias_by_sample", "everything"}.union(
+    *(family.EXAMPLES.values() for family in families())
+)
 
 
 def rows() -> list[Kernel]:
@@ -68,7 +75,7 @@ def every_run() -> tuple[tuple[Kernel, Case, torch.dtype, str], ...]:
     return tuple(
         (row, case, dtype, mode)
         for row in rows()
-        for case in OPS.get(row.op, [])
+        for case in all_cases().get(row.op, [])
         for dtype in DTYPES
         for mode in runs_in(row, case, dtype)
     )
@@ -124,7 +131,7 @@ def test_kernel_equals_reference(
     check_call(row.op, call, returned)
 
 
-@parametrized("block64", "partial_counts", "one_kv_head", "bias_by_sample", "everything")
+@parametrized(*REPEATED)
 def test_same_inputs_give_same_bits(
     row: Kernel, case: Case, dtype: torch.dtype, device: str, poisoned_empty: None
 ) -> None:
@@ -137,8 +144,9 @@ def test_same_inputs_give_same_bits(
 
 @pytest.mark.parametrize("op", sorted(KERNELS.rows))
 def test_every_op_has_cases_and_a_reference(op: str) -> None:
-    assert OPS.get(op), f"tests/kernels/cases.py has no cases for {op}: add them to OPS"
-    names = [case.name for case in OPS[op]]
+    cases = all_cases().get(op)
+    assert cases, f"no tests/kernels/cases*.py has cases for {op}: add them to its OPS"
+    names = [case.name for case in cases]
     assert len(names) == len(set(names))
     assert callable(reference_of(op))
 
@@ -160,9 +168,9 @@ def kernel_that_forgets(call: Call, op: str) -> Any:
     return (unwritten, *rest) if rest else unwritten
 
 
-@pytest.mark.parametrize("op", sorted(OPS))
+@pytest.mark.parametrize("op", sorted(all_cases()))
 def test_the_comparison_sees_an_unwritten_entry(op: str, poisoned_empty: None) -> None:
-    call = OPS[op][0].build(torch.float32, "cpu")
+    call = all_cases()[op][0].build(torch.float32, "cpu")
     check_call(op, call, reference_of(op)(*call.args, **call.kwargs))
     with pytest.raises(AssertionError, match=r"1 of .* NaN"):
         check_call(op, call, kernel_that_forgets(call, op))

@@ -290,7 +290,7 @@ OPERATIONS: dict[str, Case] = {
     "sddmm without a mask": (
         lambda: sl.sddmm(A, B, torch.ones(N, N, dtype=torch.bool)),
         TypeError,
-        r"expected a block layout as the mask, got Tensor; sl\.mask_from",
+        r"expected a layout as the mask, got Tensor; sl\.mask_from",
     ),
     "sddmm of integers": (
         lambda: sl.sddmm(A.int(), B.int(), MASK),

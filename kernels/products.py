@@ -1,0 +1,280 @@
+"""Products of a layout and a dense matrix, for every kind of layout: checks, faces, autograd.
+
+An op's folder says in a :class:`Family` how one kind multiplies; :func:`register_products` makes
+the routes. `out = W @ x`, W (*batch, M, K) a layout, x dense. `x @ W` is `(W.mT @ x.mT).mT`,
+`F.linear(x, W)` is `(W @ x.mT).mT`; nothing is copied for it. Gradients: to x, `W.mT @ g`; to W,
+`g @ x.mT` at its stored entries, in its layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_layouts.dispatch import Use, current, restored, route
+from sparse_layouts.layout_autograd import apply, as_layout, differentiates, unwrapped
+from sparse_layouts.layout_tensor import LayoutTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How one kind of layout multiplies.
+
+    `multiply(layout, x, transposed_output)` is `W @ x` without autograd, x (*any, K, N) broadcast
+    against the layout's leading dimensions; with `transposed_output` the storage of the result is
+    that of a contiguous (..., N, M). `transpose(layout)` and `sampled(a, b, layout)` (`a @ b` at
+    the layout's entries, summed over the dimensions that the layout lacks or has with size 1) are
+    differentiable. `uses(layout, x)` lists the ops for `sl.explain`.
+    """
+
+    multiply: Callable[[Any, Tensor, bool], Tensor]
+    transpose: Callable[[Any], Any]
+    sampled: Callable[[Tensor, Tensor, Any], Any]
+    uses: Callable[[Any, Tensor], list[Use]]
+
+
+class LayoutProduct(torch.autograd.Function):
+    """`W @ x`; its gradients are products and sampled products again, and so can be
+    differentiated.
+    """
+
+    @staticmethod
+    def forward(family: Family, layout: LayoutTensor, x: Tensor, transposed_output: bool) -> Tensor:
+        return family.multiply(layout, x, transposed_output)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.family = inputs[0]
+        ctx.save_for_backward(inputs[1], inputs[2])
+        ctx.settings = current()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        saved = ctx.saved_tensors  # once: a checkpoint gives them away
+        family, layout, x = ctx.family, unwrapped(saved[0]), saved[1]
+        dlayout = dx = None
+        with restored(ctx.settings):
+            if ctx.needs_input_grad[1]:
+                dlayout = as_layout(family.sampled(grad, x.mT, layout), layout)
+            if ctx.needs_input_grad[2]:
+                dx = product(family, family.transpose(layout), grad).sum_to_size(x.shape)
+        return None, dlayout, dx, None
+
+
+def product(
+    family: Family, layout: LayoutTensor, x: Tensor, transposed_output: bool = False
+) -> Tensor:
+    """`W @ x` of checked operands (x at least 2-D), differentiable."""
+    if differentiates(x, layout):
+        return apply(LayoutProduct, family, layout, x, transposed_output)
+    return family.multiply(layout, x, transposed_output)
+
+
+def broadcast_product(
+    values: Tensor,
+    entry_dims: int,
+    lead: tuple[int, ...],
+    rows: int,
+    x: Tensor,
+    multiply: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """`multiply` over broadcast leading dimensions.
+
+    values (*batch, *entries) with `entry_dims` entry dimensions, on patterns of their own for every
+    index of `lead`; x (*any, K, N). `multiply` takes values (B, *entries) and x (B, P, K, N), P the
+    product of `lead`, and returns (B, P, rows, N). Returns (*broadcast(batch + lead, any), rows,
+    N).
+
+    A pattern's leading indices are its own: x expands to them, never the other way round.
+    """
+    width = len(lead)
+    batch, entries = values.shape[: values.dim() - entry_dims], values.shape[-entry_dims:]
+    outer = x.shape[:-2]
+    k, n = x.shape[-2:]
+    if not batch and not width:
+        flat = x.reshape(math.prod(outer), 1, k, n) if outer else x[None, None]
+        out = multiply(values[None], flat)
+        return out.reshape(*outer, rows, n) if outer else out[0, 0]
+    if math.prod(lead) == 1 and width:  # one pattern broadcasts like any other dimension of size 1
+        batch, width = (*batch, *lead), 0
+        values = values.reshape(*batch, *entries)
+        lead = ()
+    try:
+        whole = torch.broadcast_shapes(outer, (*batch, *lead))
+    except RuntimeError:
+        whole = outer
+    if whole[len(whole) - width :] != lead or len(whole) < len(batch) + width:
+        raise ValueError(
+            f"matmul: leading dimensions {tuple(outer)} of the dense operand do not broadcast to "
+            f"the layout's {(*batch, *lead)}"
+        )
+    own_batch = whole[: len(whole) - width]
+    flat_x = x.expand(*whole, k, n).reshape(math.prod(own_batch), math.prod(lead), k, n)
+    flat_values = values.expand(*own_batch, *entries).reshape(math.prod(own_batch), *entries)
+    return multiply(flat_values, flat_x).reshape(*whole, rows, n)
+
+
+def fold_summed(a: Tensor, b: Tensor, own: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Operands of a product `a @ b` (..., M, K) and (..., K, N) whose leading dimensions are `own`.
+
+    Those that `own` lacks or has with size 1 are laid end to end along the contracted dimension:
+    the product then is summed over them, in one product, with nothing to add.
+    """
+    outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    aligned = (1,) * (len(outer) - len(own)) + own
+    folded = [i for i, size in enumerate(outer) if size != 1 and aligned[i] == 1]
+    if not folded and len(outer) <= len(own):
+        return a, b
+    kept = [i for i in range(len(outer)) if i not in folded]
+    end = len(outer)
+    m, n = a.shape[-2], b.shape[-1]
+    a = a.expand(*outer, *a.shape[-2:]).permute(*kept, end, *folded, end + 1)
+    b = b.expand(*outer, *b.shape[-2:]).permute(*kept, *folded, end, end + 1)
+    a = a.reshape(*own, m, -1)
+    return a, b.reshape(*own, a.shape[-1], n)
+
+
+def check(layout: LayoutTensor, dense: Any, contracted: int, own: int, what: str) -> None:
+    """Raises for operands that do not fit: what was expected, what came, the way out."""
+    if not isinstance(dense, Tensor):
+        raise TypeError(f"{what}: expected a tensor, got {type(dense).__name__}")
+    # a plain tensor: its properties cost nothing, the layout's 1.5 us each
+    values = layout.stored_values
+    if values is None:
+        raise TypeError(
+            f"{what}: a mask layout has no values to multiply; convert it first: "
+            f"mask.to({dense.dtype})"
+        )
+    if values.dtype != dense.dtype:
+        raise TypeError(
+            f"{what}: expected one dtype, got {values.dtype} and {dense.dtype}; convert one with "
+            f".to(dtype)"
+        )
+    if values.device != dense.device:
+        raise ValueError(
+            f"{what}: the layout is on {values.device}, the dense operand on {dense.device}"
+        )
+    if dense.dim() == 0:
+        raise ValueError(f"{what}: the dense operand has no dimension")
+    size = dense.shape[contracted] if dense.dim() > 1 else dense.shape[0]
+    wanted = layout.matrix_shape[own]
+    if size != wanted:
+        raise ValueError(
+            f"{what}: shapes {tuple(layout.shape)} (layout) and {tuple(dense.shape)} do not fit: "
+            f"{wanted} and {size} must be equal"
+        )
+
+
+def declines(layout: LayoutTensor, dense: Any) -> bool:
+    """Whether a product of integers or complex numbers, which torch can do and no kernel here."""
+    values = layout.stored_values
+    return (
+        values is not None
+        and isinstance(dense, Tensor)
+        and values.dtype == dense.dtype
+        and not values.dtype.is_floating_point
+    )
+
+
+def autocast(layout: Any, *dense: Any) -> tuple[Any, ...]:
+    """The operands in autocast's dtype, where it is on: intercepted above the dispatcher, its own
+    rule does not run.
+    """
+    values = layout.stored_values
+    device = (layout if values is None else values).device.type
+    if not torch.is_autocast_enabled(device):
+        return (layout, *dense)
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(t: Any) -> Any:
+        eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if eligible else t
+
+    return tuple(cast(t) for t in (layout, *dense))
+
+
+def from_the_right(family: Family, x: Tensor, flipped: LayoutTensor) -> Tensor:
+    """`x @ flipped.mT`: one matrix takes all of x's rows at once, several theirs each."""
+    if x.dim() > 2 and flipped.dim() == 2:
+        out = product(family, flipped, x.reshape(-1, x.shape[-1]).mT, True).mT
+        return out.reshape(*x.shape[:-1], flipped.matrix_shape[0])
+    return product(family, flipped, x.mT, True).mT
+
+
+def add_bias(out: Tensor, bias: Tensor | None, size: int) -> Tensor:
+    """`out + bias`, checked; out itself without one."""
+    if bias is None:
+        return out
+    if tuple(bias.shape) != (size,):
+        raise ValueError(f"linear: expected a bias of shape ({size},), got {tuple(bias.shape)}")
+    if bias.dtype != out.dtype:
+        raise TypeError(f"linear: expected a bias of {out.dtype}, got {bias.dtype}")
+    return out + bias
+
+
+def register_products(layout_class: type[LayoutTensor], family: Family) -> None:
+    """Registers the routes of `w @ x`, `x @ w` and `F.linear(x, w)` for a layout; the other faces
+    (`mm`, `bmm`, `addmm`, `einsum`, ...) are served by these.
+    """
+
+    def uses_of_layout_dense(input: Any, other: Tensor) -> Any:
+        if declines(input, other):
+            return NotImplemented
+        input, other = autocast(input, other)
+        check(input, other, -2, -1, "matmul")
+        return family.uses(input, other)
+
+    @route(torch.matmul, input=layout_class, uses=uses_of_layout_dense)
+    def layout_times_dense(input: Any, other: Tensor) -> Any:
+        if declines(input, other):
+            return NotImplemented
+        input, other = autocast(input, other)
+        check(input, other, -2, -1, "matmul")
+        if other.dim() == 1:
+            return product(family, input, other[:, None])[..., 0]
+        return product(family, input, other)
+
+    def uses_of_dense_layout(input: Tensor, other: Any) -> Any:
+        if declines(other, input):
+            return NotImplemented
+        other, input = autocast(other, input)
+        check(other, input, -1, -2, "matmul")
+        return family.uses(family.transpose(other), input)
+
+    @route(torch.matmul, other=layout_class, uses=uses_of_dense_layout)
+    def dense_times_layout(input: Tensor, other: Any) -> Any:
+        if declines(other, input):
+            return NotImplemented
+        other, input = autocast(other, input)
+        check(other, input, -1, -2, "matmul")
+        flipped = family.transpose(other)
+        if input.dim() == 1:
+            return product(family, flipped, input[:, None])[..., 0]
+        return from_the_right(family, input, flipped)
+
+    def uses_of_linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
+        if declines(weight, input):
+            return NotImplemented
+        weight, input = autocast(weight, input)
+        check(weight, input, -1, -1, "linear")
+        return family.uses(weight, input)
+
+    @route(F.linear, weight=layout_class, uses=uses_of_linear)
+    def linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
+        if declines(weight, input):
+            return NotImplemented
+        weight, input, bias = autocast(weight, input, bias)
+        if weight.dim() != 2:
+            raise ValueError(f"linear: expected a 2-D weight, got shape {tuple(weight.shape)}")
+        check(weight, input, -1, -1, "linear")
+        if input.dim() == 1:
+            out = product(family, weight, input[:, None])[..., 0]
+        else:
+            out = from_the_right(family, input, weight)
+        return add_bias(out, bias, weight.matrix_shape[0])
