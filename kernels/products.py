@@ -188,7 +188,7 @@ def autocast(layout: Any, *dense: Any) -> tuple[Any, ...]:
     """
     values = layout.stored_values
     device = (layout if values is None else values).device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return (layout, *dense)
     dtype = torch.get_autocast_dtype(device)
 

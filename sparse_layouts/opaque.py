@@ -32,6 +32,7 @@ def _eager(first: Any) -> bool:
     return (
         not torch.compiler.is_compiling()  # first: the rest cannot be traced
         and type(first) is torch.Tensor
+        and not first.is_meta  # then only the result's shape is wanted
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.maybe_current_level() is None
     )

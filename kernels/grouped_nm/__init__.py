@@ -1,0 +1,256 @@
+"""grouped_nm_matmul and grouped_nm_sddmm: a grouped n:m layout times a dense matrix, either way
+round, and a dense product at its stored entries, which is the gradient of its values.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_layouts import opaque
+from sparse_layouts.dispatch import (
+    Facts,
+    Use,
+    current,
+    facts_of,
+    register_kernel,
+    restored,
+    route,
+    run,
+)
+from sparse_layouts.grouped_nm_tensor import GroupedNMTensor
+from sparse_layouts.kernels import requirements
+from sparse_layouts.kernels.grouped_nm import reference
+from sparse_layouts.kernels.products import (
+    Family,
+    broadcast_product,
+    fold_summed,
+    product,
+    register_products,
+)
+from sparse_layouts.layout_autograd import apply, as_layout, differentiates, unwrapped
+from sparse_layouts.layout_routes import transpose_layout
+
+OP, SDDMM = "grouped_nm_matmul", "grouped_nm_sddmm"
+for _op in (OP, SDDMM):
+    register_kernel(_op, "cpu", f"sparse_layouts.kernels.grouped_nm.cpu:{_op}", requirements.cpu)
+
+
+def facts(values: Tensor, n: int, m: int) -> Facts:
+    """What the choice of a kernel depends on."""
+    return facts_of(values, n_of_m=(n, m))
+
+
+def _launch(
+    values: Tensor,
+    columns: Tensor,
+    x: Tensor,
+    n: int,
+    m: int,
+    g: int,
+    shape: tuple[int, int],
+    transposed: bool,
+    transposed_output: bool,
+) -> Tensor:
+    dense = values.shape[0] * math.prod(shape) * values.element_size()
+    own = facts(values, n, m)
+    return run(
+        OP,
+        own,
+        reference.grouped_nm_matmul,
+        dense,
+        values,
+        columns,
+        x,
+        n=n,
+        m=m,
+        g=g,
+        shape=tuple(shape),
+        transposed=transposed,
+        transposed_output=transposed_output,
+    )
+
+
+def _shape(
+    values: Tensor,
+    columns: Tensor,
+    x: Tensor,
+    n: int,
+    m: int,
+    g: int,
+    shape: tuple[int, int],
+    transposed: bool,
+    transposed_output: bool,
+) -> Tensor:
+    batch = torch.broadcast_shapes(values.shape[:1], x.shape[:1])[0]
+    rows, width = shape[1 if transposed else 0], x.shape[-1]
+    if transposed_output:
+        return x.new_empty(batch, width, rows).mT
+    return x.new_empty(batch, rows, width)
+
+
+grouped_nm_matmul_op = opaque.define(
+    OP,
+    "Tensor values, Tensor columns, Tensor x, int n, int m, int g, SymInt[] shape, "
+    "bool transposed, bool transposed_output",
+    _launch,
+    _shape,
+)
+
+
+def _launch_sddmm(
+    a: Tensor, b: Tensor, columns: Tensor, n: int, m: int, g: int, shape: tuple[int, int]
+) -> Tensor:
+    dense = a.shape[0] * math.prod(shape) * a.element_size()
+    own = facts(a, n, m)
+    return run(SDDMM, own, reference.grouped_nm_sddmm, dense, a, b, columns, n=n, m=m, g=g)
+
+
+def _shape_sddmm(
+    a: Tensor, b: Tensor, columns: Tensor, n: int, m: int, g: int, shape: tuple[int, int]
+) -> Tensor:
+    return a.new_empty(a.shape[0], *columns.shape, n)
+
+
+grouped_nm_sddmm_op = opaque.define(
+    SDDMM,
+    "Tensor a, Tensor b, Tensor columns, int n, int m, int g, SymInt[] shape",
+    _launch_sddmm,
+    _shape_sddmm,
+)
+
+
+def multiply(layout: GroupedNMTensor, x: Tensor, transposed_output: bool = False) -> Tensor:
+    """`W @ x` with broadcasting over the leading dimensions, without autograd."""
+    values = layout.inner_values
+    assert values is not None
+    transposed = layout.axis == -1
+    shape = (layout.rows, layout.cols)
+
+    def product_of_one(flat_values: Tensor, flat_x: Tensor) -> Tensor:
+        return grouped_nm_matmul_op(
+            flat_values,
+            layout.inner_columns,
+            flat_x[:, 0],
+            layout.n,
+            layout.m,
+            layout.g,
+            shape,
+            transposed,
+            transposed_output,
+        ).unsqueeze(1)
+
+    rows = shape[1 if transposed else 0]
+    return broadcast_product(values, 3, (), rows, x, product_of_one)
+
+
+def _sampled_product(a: Tensor, b: Tensor, mask: GroupedNMTensor) -> GroupedNMTensor:
+    if mask.axis == -1:  # (a b)' = b' a'
+        a, b = b.mT, a.mT
+    outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+
+    def flat(t: Tensor) -> Tensor:
+        return t.expand(*outer, *t.shape[-2:]).reshape(math.prod(outer), *t.shape[-2:])
+
+    shape = (mask.rows, mask.cols)
+    columns = mask.inner_columns
+    values = grouped_nm_sddmm_op(flat(a), flat(b), columns, mask.n, mask.m, mask.g, shape)
+    return mask.like_self(values.view(*outer, *values.shape[1:]))
+
+
+class GroupedNMSampled(torch.autograd.Function):
+    """`a @ b` at the entries that a grouped n:m mask stores."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, mask: GroupedNMTensor) -> GroupedNMTensor:
+        return _sampled_product(a, b, mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[0], inputs[1], output)
+        ctx.settings = current()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        a, b, saved = ctx.saved_tensors
+        gradient = as_layout(grad, unwrapped(saved))
+        da = db = None
+        with restored(ctx.settings):
+            if ctx.needs_input_grad[0]:
+                da = product(FAMILY, gradient, b.mT).sum_to_size(a.shape)
+            if ctx.needs_input_grad[1]:
+                flipped = transpose_layout(gradient, -2, -1)
+                db = product(FAMILY, flipped, a, True).mT.sum_to_size(b.shape)
+        return da, db, None
+
+
+def _check_sampled(a: Any, b: Any, mask: GroupedNMTensor) -> None:
+    rows, cols = mask.matrix_shape
+    for name, t in (("a", a), ("b", b)):
+        if not isinstance(t, Tensor) or t.dim() < 2 or not t.dtype.is_floating_point:
+            raise TypeError(f"sddmm: {name} is a dense floating matrix, got {type(t).__name__}")
+        if t.device != mask.device:
+            raise ValueError(f"sddmm: {name} is on {t.device}, the mask on {mask.device}")
+    if a.dtype != b.dtype:
+        raise TypeError(f"sddmm: expected one dtype, got {a.dtype} and {b.dtype}")
+    if a.shape[-2] != rows or b.shape[-1] != cols or a.shape[-1] != b.shape[-2]:
+        raise ValueError(
+            f"sddmm: expected a (..., {rows}, K) and b (..., K, {cols}) for a mask of "
+            f"{(rows, cols)}, got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+
+
+def _sampled(a: Tensor, b: Tensor, mask: GroupedNMTensor) -> GroupedNMTensor:
+    if differentiates(a, b):
+        return apply(GroupedNMSampled, a, b, mask.detach())
+    return _sampled_product(a, b, mask)
+
+
+def _sampled_and_summed(a: Tensor, b: Tensor, layout: GroupedNMTensor) -> GroupedNMTensor:
+    a, b = fold_summed(a, b, tuple(layout.shape[:-2]))
+    return _sampled(a, b, layout)
+
+
+def _uses(layout: GroupedNMTensor, x: Tensor) -> list[Use]:
+    assert layout.inner_values is not None
+    own = facts(layout.inner_values, layout.n, layout.m)
+    uses = [Use("forward", OP, own)]
+    if torch.is_grad_enabled() and x.requires_grad:
+        uses.append(Use("gradient of the dense operand", OP, own))
+    if torch.is_grad_enabled() and layout.requires_grad:
+        uses.append(Use("gradient of the layout's values", SDDMM, own))
+    return uses
+
+
+FAMILY = Family(
+    multiply, lambda layout: transpose_layout(layout, -2, -1), _sampled_and_summed, _uses
+)
+register_products(GroupedNMTensor, FAMILY)
+
+
+def uses_of_sampled_addmm(
+    input: GroupedNMTensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1.0, alpha: float = 1.0
+) -> list[Use]:
+    """For `sl.explain`."""
+    _check_sampled(mat1, mat2, input)
+    own = facts(mat1, input.n, input.m)
+    uses = [Use("forward", SDDMM, own)]
+    if torch.is_grad_enabled() and (mat1.requires_grad or mat2.requires_grad):
+        uses.append(Use("gradients of a and b", OP, own))
+    return uses
+
+
+@route(torch.sparse.sampled_addmm, input=GroupedNMTensor, uses=uses_of_sampled_addmm)
+def sampled_addmm(
+    input: Any, mat1: Tensor, mat2: Tensor, *, beta: float = 1.0, alpha: float = 1.0
+) -> Any:
+    """`sl.sddmm(a, b, w)` and `torch.sparse.sampled_addmm(w, a, b)`."""
+    _check_sampled(mat1, mat2, input)
+    out: Any = _sampled(mat1, mat2, input.pattern)
+    scaled = out if alpha == 1 else out * alpha
+    if beta == 0 or input.stored_values is None:
+        return scaled
+    return scaled + (input if beta == 1 else input * beta)
