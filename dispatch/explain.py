@@ -143,6 +143,7 @@ def explain(function: Function, *args: Any, **kwargs: Any) -> Explanation:
         + ", ".join([*map(_describe, args), *(f"{k}={_describe(v)}" for k, v in kwargs.items())])
         + ")"
     )
+    function = getattr(function, "__sparsified__", function)  # what sl.sparsified calls
     own = getattr(function, "__explain__", None)
     if own is not None:  # one of the library's own functions: it names its ops itself
         uses = own(*args, **kwargs)

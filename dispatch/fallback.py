@@ -207,4 +207,7 @@ def fall_back(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
         record(name_of(function), "dense fallback", facts_of(first), count)
     elif settings.current().policy == "error":
         raise DenseFallbackError(route_missing(function, args, kwargs))
-    return function(*densified(args), **densified(kwargs))
+    args, kwargs = densified(args), densified(kwargs)
+    if args and isinstance(layouts[0], Tensor) and getattr(function, "__name__", "") == "view":
+        args = (args[0].contiguous(), *args[1:])  # as the layout says that it is
+    return function(*args, **kwargs)

@@ -27,7 +27,10 @@ class Facts(NamedTuple):
 
     `capability` is (0, 0) off CUDA, `triton` the installed version or () without one. What an op
     has not is 0: `block_size`, `head_dim`, `n_of_m` (of an n:m layout), `columns` (of the dense
-    operand of a product, rounded up to a power of two, so that lengths do not make new choices).
+    operand of a product, rounded up to a power of two, so that lengths do not make new choices),
+    `transposed` (whether an n:m product is one with the transpose of what is stored), `divisor`
+    (the largest power of two up to 64 that divides both sizes of the layout's matrix).
+    `cusparselt`: whether torch has that library, False off CUDA.
     """
 
     device: str
@@ -38,6 +41,9 @@ class Facts(NamedTuple):
     head_dim: int = 0
     n_of_m: tuple[int, int] = (0, 0)
     columns: int = 0
+    transposed: bool = False
+    divisor: int = 0
+    cusparselt: bool = False
 
 
 Requires = Callable[[Facts], "str | None"]
@@ -197,7 +203,14 @@ def capability_of(device: torch.device) -> tuple[int, int]:
 def facts_of(tensor: torch.Tensor, **more: Any) -> Facts:
     """The facts of a call on `tensor`'s device and dtype."""
     device = tensor.device
-    return Facts(device.type, tensor.dtype, capability_of(device), triton_version(), **more)
+    return Facts(
+        device.type,
+        tensor.dtype,
+        capability_of(device),
+        triton_version(),
+        cusparselt=device.type == "cuda" and torch.backends.cusparselt.is_available(),
+        **more,
+    )
 
 
 def verdicts(op: str, facts: Facts) -> list[Verdict]:
@@ -254,9 +267,15 @@ def run(
 
         permit(kernel_missing(op, facts, reference), dense_bytes, facts.device, op)
         record(op, "dense fallback", facts, dense_bytes)
-        return reference(*args, **kwargs)
-    record(op, row.name, facts, 0)
-    return row.function(*args, **kwargs)
+        function = reference
+    else:
+        record(op, row.name, facts, 0)
+        function = row.function
+    if facts.device == "meta" or not torch.is_autocast_enabled(facts.device):
+        return function(*args, **kwargs)
+    # the op has cast its operands: an implementation's own steps in torch are not cast once more
+    with torch.autocast(facts.device, enabled=False):
+        return function(*args, **kwargs)
 
 
 def kernel_missing(op: str, facts: Facts, reference: Callable[..., Any]) -> str:

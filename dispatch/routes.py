@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-from sparse_layouts.dispatch import settings
 from sparse_layouts.dispatch.faces import (
     PARAMETERS,
     Function,
@@ -18,9 +17,8 @@ from sparse_layouts.dispatch.faces import (
     read_call,
     wider_readings,
 )
-from sparse_layouts.dispatch.kernel_table import Facts, facts_of, place_of_caller
+from sparse_layouts.dispatch.kernel_table import Facts, place_of_caller
 from sparse_layouts.dispatch.layout import Layout
-from sparse_layouts.dispatch.tracing import Step, described
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,6 +49,7 @@ class Route:
     place: str
     positional: int | None  # arguments that the handler takes by position; None: any number
     keywords: frozenset[str] | None  # those that it takes by name; None: any
+    is_own: bool  # whether the handler is one of this library's
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the handler has a parameter for every argument of a call."""
@@ -124,6 +123,7 @@ def route(
             uses,
             place,
             *_accepted(handler),
+            (getattr(handler, "__module__", None) or "").startswith("sparse_layouts."),
         )
         unknown = set(operands) - set(row.parameters)
         if unknown:
@@ -257,25 +257,12 @@ def matches(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _run(row: Route, reading: Reading) -> Any:
-    """What the handler returns. A handler from outside this library is a step of the trace in force
-    (the library's own record the kernels that they run).
-    """
-    found = settings.current().trace
-    if found is None or row.handler.__module__.startswith("sparse_layouts."):
-        return row.handler(*reading.args, **reading.kwargs)
-    steps_before = len(found.steps)
-    result = row.handler(*reading.args, **reading.kwargs)
-    if result is not NotImplemented:
-        layout: Any = next(v for v in _flat(reading) if isinstance(v, Layout))
-        name = getattr(row.handler, "__qualname__", repr(row.handler))
-        step = Step(name_of(row.function), name, *described(facts_of(layout)), 0)
-        found.steps.insert(steps_before, step)
-    return result
+    """What the handler returns; more is done for one from outside this library."""
+    if not row.is_own:
+        from sparse_layouts.dispatch.outside_routes import run_outside
 
-
-def _flat(reading: Reading) -> list[Any]:
-    given = [*reading.args, *reading.kwargs.values()]
-    return [v for value in given for v in (value if isinstance(value, (tuple, list)) else [value])]
+        return run_outside(row, reading)
+    return row.handler(*reading.args, **reading.kwargs)
 
 
 def call_route(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -30,7 +30,7 @@ class Family:
     against the layout's leading dimensions; with `transposed_output` the storage of the result is
     that of a contiguous (..., N, M). `transpose(layout)` and `sampled(a, b, layout)` (`a @ b` at
     the layout's entries, summed over the dimensions that the layout lacks or has with size 1) are
-    differentiable. `uses(layout, x)` lists the ops for `sl.explain`.
+    differentiable. `uses(layout, x)` lists the ops of such a product for `sl.explain`.
     """
 
     multiply: Callable[[Any, Tensor, bool], Tensor]
@@ -108,7 +108,7 @@ def broadcast_product(
     try:
         whole = torch.broadcast_shapes(outer, (*batch, *lead))
     except RuntimeError:
-        whole = outer
+        whole = torch.Size()
     if whole[len(whole) - width :] != lead or len(whole) < len(batch) + width:
         raise ValueError(
             f"matmul: leading dimensions {tuple(outer)} of the dense operand do not broadcast to "
@@ -199,12 +199,19 @@ def autocast(layout: Any, *dense: Any) -> tuple[Any, ...]:
     return tuple(cast(t) for t in (layout, *dense))
 
 
-def from_the_right(family: Family, x: Tensor, flipped: LayoutTensor) -> Tensor:
-    """`x @ flipped.mT`: one matrix takes all of x's rows at once, several theirs each."""
+def rows_as_columns(x: Tensor, flipped: LayoutTensor) -> Tensor:
+    """x.mT for `flipped @ x.mT`: one matrix takes all of x's rows at once, several theirs each."""
+    if x.dim() == 1:
+        return x[:, None]
     if x.dim() > 2 and flipped.dim() == 2:
-        out = product(family, flipped, x.reshape(-1, x.shape[-1]).mT, True).mT
-        return out.reshape(*x.shape[:-1], flipped.matrix_shape[0])
-    return product(family, flipped, x.mT, True).mT
+        return x.flatten(0, -2).mT
+    return x.mT
+
+
+def from_the_right(family: Family, x: Tensor, flipped: LayoutTensor) -> Tensor:
+    """`x @ flipped.mT` of an x with at least two dimensions."""
+    out = product(family, flipped, rows_as_columns(x, flipped), True).mT
+    return out.reshape(*x.shape[:-1], flipped.matrix_shape[0]) if out.dim() < x.dim() else out
 
 
 def add_bias(out: Tensor, bias: Tensor | None, size: int) -> Tensor:
@@ -228,7 +235,7 @@ def register_products(layout_class: type[LayoutTensor], family: Family) -> None:
             return NotImplemented
         input, other = autocast(input, other)
         check(input, other, -2, -1, "matmul")
-        return family.uses(input, other)
+        return family.uses(input, other[:, None] if other.dim() == 1 else other)
 
     @route(torch.matmul, input=layout_class, uses=uses_of_layout_dense)
     def layout_times_dense(input: Any, other: Tensor) -> Any:
@@ -245,7 +252,8 @@ def register_products(layout_class: type[LayoutTensor], family: Family) -> None:
             return NotImplemented
         other, input = autocast(other, input)
         check(other, input, -1, -2, "matmul")
-        return family.uses(family.transpose(other), input)
+        flipped = family.transpose(other)
+        return family.uses(flipped, rows_as_columns(input, flipped))
 
     @route(torch.matmul, other=layout_class, uses=uses_of_dense_layout)
     def dense_times_layout(input: Tensor, other: Any) -> Any:
@@ -263,7 +271,7 @@ def register_products(layout_class: type[LayoutTensor], family: Family) -> None:
             return NotImplemented
         weight, input = autocast(weight, input)
         check(weight, input, -1, -1, "linear")
-        return family.uses(weight, input)
+        return family.uses(weight, rows_as_columns(input, weight))
 
     @route(F.linear, weight=layout_class, uses=uses_of_linear)
     def linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:

@@ -61,3 +61,93 @@ def triton_attention(facts: Facts) -> str | None:
     if facts.head_dim > MAX_HEAD_DIM:
         return f"takes head sizes up to {MAX_HEAD_DIM}, not {facts.head_dim}"
     return triton(facts) or _power_of_two_blocks(facts)
+
+
+# Columns of the dense operand from which another way of reading W wins. MKL's CSR product reads W
+# once, but computes slowly: 4096 x 4096 at 2:4 in fp32, two cores of an EPYC 9004, 2026-11-21.
+MKL_COLUMNS = 32
+# cuSPARSELt is for wide operands: at 16 columns it took 110 us where cuBLAS took 36 (8192 x 8192 in
+# bfloat16, one H200, November 2026).
+SEMI_STRUCTURED_COLUMNS = 512
+
+
+def cpu_mkl_nm(facts: Facts) -> str | None:
+    """As `cpu`, for few columns, with a torch that has MKL."""
+    if facts.transposed:
+        return "takes the stored matrix, not its transpose"
+    if facts.columns > MKL_COLUMNS:
+        return f"takes up to {MKL_COLUMNS} columns of the dense operand, not {facts.columns}"
+    if facts.device == "cpu" and not torch.backends.mkl.is_available():
+        return "needs MKL, which this torch is built without"
+    return cpu(facts)
+
+
+def semi_structured(facts: Facts) -> str | None:
+    """2:4 in fp16 or bf16 on an NVIDIA GPU with sparse tensor cores, many columns, and a torch with
+    cuSPARSELt.
+    """
+    if facts.n_of_m != (2, 4):
+        return f"takes 2:4, not {':'.join(map(str, facts.n_of_m))}"
+    if facts.device != "cuda":
+        return f"works on cuda tensors, these are on {facts.device}"
+    if facts.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {facts.dtype}"
+    if facts.transposed:
+        return "takes the stored matrix, not its transpose, which is not 2:4 along its rows"
+    if facts.columns < SEMI_STRUCTURED_COLUMNS:
+        return (
+            f"takes {SEMI_STRUCTURED_COLUMNS} or more columns of the dense operand, not "
+            f"{facts.columns}"
+        )
+    if facts.divisor < 64:
+        return f"takes matrices whose sizes 64 divides, here it is {facts.divisor}"
+    if facts.capability < (8, 0):
+        return (
+            f"needs compute capability 8.0 or newer, found {'.'.join(map(str, facts.capability))}"
+        )
+    if not facts.cusparselt:
+        return "needs cuSPARSELt, which this torch is built without"
+    return None
+
+
+def triton_nm(facts: Facts) -> str | None:
+    """As `triton`, in fp16, bf16, fp32 or fp64."""
+    if facts.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"takes float16, bfloat16, float32 and float64, not {facts.dtype}"
+    return triton(facts)
+
+
+# Bytes of a row of x up to which MKL's product of a CSR matrix is the fastest: 64 columns in fp32,
+# 32 in fp64 (DLMC matrices, one core of an EPYC 9004, 2026-11-21).
+MKL_ROW_BYTES = 256
+
+
+def mkl_csr(facts: Facts) -> str | None:
+    """As `cpu`, for few columns of the dense operand, with a torch that has MKL; fp16 and bf16 are
+    multiplied in fp32.
+    """
+    most = MKL_ROW_BYTES // max(4, facts.dtype.itemsize)
+    if facts.columns > most:
+        return f"takes up to {most} columns of the dense operand, not {facts.columns}"
+    if facts.device == "cpu" and not torch.backends.mkl.is_available():
+        return "needs MKL, which this torch is built without"
+    return cpu(facts)
+
+
+def triton_csr(facts: Facts) -> str | None:
+    """As `triton`, in fp16, bf16, fp32 or fp64."""
+    if facts.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"takes float16, bfloat16, float32 and float64, not {facts.dtype}"
+    return triton(facts)
+
+
+def cusparse_csr(facts: Facts) -> str | None:
+    """An NVIDIA GPU, in fp16, bf16, fp32 or fp64; bf16 from compute capability 8.0."""
+    if facts.device != "cuda":
+        return f"works on cuda tensors, these are on {facts.device}"
+    if facts.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"takes float16, bfloat16, float32 and float64, not {facts.dtype}"
+    if facts.dtype == torch.bfloat16 and facts.capability < (8, 0):
+        found = ".".join(map(str, facts.capability))
+        return f"needs compute capability 8.0 or newer for bfloat16, found {found}"
+    return None

@@ -15,8 +15,11 @@ if not (_root / "sparse_layouts" / "kernels").is_dir() and (_root / "pyproject.t
 
 __version__ = "0.1.0"
 
+from sparse_layouts.bigbird_tensor import BigBirdTensor, bigbird
 from sparse_layouts.bsr_factory import bsr
 from sparse_layouts.bsr_tensor import BSRTensor
+from sparse_layouts.csr_factory import csc, csr
+from sparse_layouts.csr_tensor import CSCTensor, CSRTensor
 from sparse_layouts.dispatch import (
     DenseFallbackError,
     DenseFallbackWarning,
@@ -28,6 +31,7 @@ from sparse_layouts.dispatch import (
     table,
     trace,
 )
+from sparse_layouts.grouped_nm_tensor import GroupedNMTensor, grouped_nm
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.local_stride_tensor import LocalStrideTensor, local_stride
 from sparse_layouts.mask_algebra import without_counts
@@ -39,37 +43,75 @@ from sparse_layouts.mask_factories import (
     sink_window,
     sliding_window,
 )
-from sparse_layouts.sparsifiers import Magnitude
+from sparse_layouts.matrix_files import load_smtx
+from sparse_layouts.matrix_market import load_mtx
+from sparse_layouts.nm_factory import nm
+from sparse_layouts.nm_tensor import NMTensor
+from sparse_layouts.safetensors_files import load_safetensors, save_safetensors
+from sparse_layouts.sparsified_calls import sparsified
+from sparse_layouts.sparsifiers import KeepAll, Magnitude, Random, Sparsifier, Threshold
+from sparse_layouts.sparsify import sparsify_globally
+from sparse_layouts.structured_sparsifiers import NM, Blockwise, SamePattern
 
 # the ops, last: importing them registers their routes and kernels
-from sparse_layouts import layout_routes  # noqa: F401  isort: skip
+from sparse_layouts import layout_routes, module_masks, shape_routes  # noqa: F401  isort: skip
+from sparse_layouts import csr_masks, csr_slices, nm_routes  # noqa: F401  isort: skip
 from sparse_layouts.kernels import block_matmul as _block_matmul  # noqa: F401  isort: skip
 from sparse_layouts.kernels import block_softmax as _block_softmax  # noqa: F401  isort: skip
+from sparse_layouts.kernels import csr_matmul as _csr_matmul  # noqa: F401  isort: skip
+from sparse_layouts.kernels import csr_sddmm as _csr_sddmm  # noqa: F401  isort: skip
+from sparse_layouts.kernels import csr_softmax as _csr_softmax  # noqa: F401  isort: skip
+from sparse_layouts.kernels import grouped_nm as _grouped_nm  # noqa: F401  isort: skip
+from sparse_layouts.kernels import nm_matmul as _nm_matmul  # noqa: F401  isort: skip
+from sparse_layouts.kernels import nm_sddmm as _nm_sddmm  # noqa: F401  isort: skip
 from sparse_layouts.kernels.block_attention import attention  # isort: skip
 from sparse_layouts.kernels.sddmm import sddmm  # isort: skip
 
 __all__ = [
     "BSRTensor",
+    "BigBirdTensor",
+    "Blockwise",
+    "CSCTensor",
+    "CSRTensor",
     "DenseFallbackError",
     "DenseFallbackWarning",
+    "GroupedNMTensor",
+    "KeepAll",
     "LayoutTensor",
     "LocalStrideTensor",
     "Magnitude",
+    "NM",
+    "NMTensor",
+    "Random",
+    "SamePattern",
+    "Sparsifier",
+    "Threshold",
     "attention",
+    "bigbird",
     "bsr",
     "bsr_mask",
     "causal",
+    "csc",
+    "csr",
     "document",
     "explain",
     "fallback",
+    "grouped_nm",
     "kernel",
     "kernel_choice",
+    "load_mtx",
+    "load_safetensors",
+    "load_smtx",
     "local_stride",
     "mask_from",
+    "nm",
     "route",
+    "save_safetensors",
     "sddmm",
     "sink_window",
     "sliding_window",
+    "sparsified",
+    "sparsify_globally",
     "table",
     "trace",
     "without_counts",

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparse_layouts.block_pattern import build_pattern, pattern_from_dense
 from sparse_layouts.bsr_tensor import BSRTensor, block_size_pair
+from sparse_layouts.dense_rows import dense_source, nonzero_blocks
 from sparse_layouts.dispatch import route
 from sparse_layouts.layout_autograd import sampled
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.mask_factories import Device
-from sparse_layouts.stored_entries import short
+from sparse_layouts.sparsifiers import as_sparsifier
 
 
 def bsr(
-    dense_or_torch_sparse: Tensor,
+    dense_or_torch_sparse: Tensor | np.ndarray,
     block_size: int | tuple[int, int] | None = None,
     *,
     keep: Any = None,
@@ -30,19 +32,24 @@ def bsr(
     """A BSRTensor of the blocks of a matrix that are kept: with `keep=None` those with a non-zero,
     else what the sparsifier keeps.
 
-    dense (*lead, M, N): a 2-D matrix, or one pattern for each leading index, e.g. (H, M, N).
-    `block_size`: int or (bm, bn), by default 32; it must divide M and N. Keeps the dtype;
-    differentiable in a dense argument. A `torch.sparse_bsr` tensor keeps its own blocks, other
+    dense (*lead, M, N): a 2-D matrix, or one pattern for each leading index, e.g. (H, M, N); a
+    numpy array, too, e.g. a `numpy.memmap`. `block_size`: int or (bm, bn), by default 32; it must
+    divide M and N. `keep` chooses among the blocks by their Frobenius norms: `sl.Magnitude(0.25)`
+    a quarter of them, over all leading indices together. Keeps the dtype; differentiable in a dense
+    argument. Besides the result memory is that of the norms and of a few block rows: the dense
+    tensor may be larger than the memory. A `torch.sparse_bsr` tensor keeps its own blocks, other
     sparse tensors of torch are converted without densifying.
 
-    Raises `TypeError` for what is no tensor or a bool one, `ValueError` for sizes that the block
-    does not divide.
+    Raises `TypeError` for what is no tensor or a bool one and for a `keep` that is no sparsifier,
+    `ValueError` for sizes that the block does not divide, and for NaN where `keep` compares norms.
 
     >>> import torch, sparse_layouts as sl
     >>> sl.bsr(torch.eye(64), block_size=16)
     BSRTensor([64, 64], float32, cpu, block 16, 4 blocks, density 25.00%)
+    >>> sl.bsr(torch.randn(64, 64), block_size=16, keep=sl.Magnitude(density=0.5)).density
+    0.5
     """
-    source = dense_or_torch_sparse
+    source = dense_source(dense_or_torch_sparse, "bsr")
     if not isinstance(source, Tensor):
         raise TypeError(
             f"bsr: expected a dense or torch.sparse tensor, got {type(source).__name__}"
@@ -55,19 +62,11 @@ def bsr(
         return _from_torch_sparse(source, block_size, keep)
     block = block_size_pair(32 if block_size is None else block_size, "bsr")
     _check_dense(source, block)
-    (bm, bn), (m, n) = block, source.shape[-2:]
-    blocks = source.detach().reshape(*source.shape[:-2], m // bm, bm, n // bn, bn)
     if keep is None:
-        kept = (blocks != 0).any(-1).any(-2)
-    elif hasattr(keep, "choose"):
-        norms = torch.linalg.vector_norm(
-            blocks.to(torch.promote_types(blocks.dtype, torch.float32)), dim=(-3, -1)
-        )
-        kept = keep.choose(norms)
+        kept = nonzero_blocks(source.detach(), block)
     else:
-        raise TypeError(
-            f"bsr: keep is a sparsifier such as sl.Magnitude(density=0.25), got {short(keep)}"
-        )
+        kept = as_sparsifier(keep, "bsr").keep_blocks(source, block)
+    m, n = source.shape[-2:]
     pattern = pattern_from_dense(kept, block, (m, n))
     like = BSRTensor.on_pattern(None, pattern)
     return sampled(source, like)  # type: ignore[return-value]
@@ -142,13 +141,7 @@ def sparse_mask(input: Tensor, mask: LayoutTensor) -> LayoutTensor:
 
     the entries of a dense x that w stores, in w's layout; differentiable in x.
     """
-    if not isinstance(mask, BSRTensor):
-        if tuple(input.shape) != tuple(mask.shape):
-            raise ValueError(
-                f"sparse_mask: shapes differ: {tuple(input.shape)} and {tuple(mask.shape)}"
-            )
-        return sampled(input, mask)
-    tail = mask.lead_dims + 2
+    tail = mask.pattern_dims
     if tuple(input.shape[-tail:]) != tuple(mask.shape[-tail:]):
         raise ValueError(
             f"sparse_mask: expected a tensor of shape (*batch, "

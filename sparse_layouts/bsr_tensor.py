@@ -114,6 +114,11 @@ class BSRTensor(LayoutTensor):
         return self.block_pattern.shape
 
     @property
+    def pattern_dims(self) -> int:
+        """Leading and matrix dimensions, without the batch."""
+        return self.lead_dims + 2
+
+    @property
     def is_mask(self) -> bool:
         """Whether this is a mask: a bool layout without values."""
         return self.inner_values is None

@@ -73,7 +73,7 @@ class ToDense(torch.autograd.Function):
 
 
 class FromDense(torch.autograd.Function):
-    """dense -> its entries that `like` stores, in that layout; the gradient is made dense."""
+    """dense -> its entries that `like` stores, in that layout; their gradient is made dense."""
 
     @staticmethod
     def forward(dense: Tensor, like: LayoutTensor) -> LayoutTensor:
@@ -81,11 +81,11 @@ class FromDense(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad.to_dense() if isinstance(grad, LayoutTensor) else grad, None
+        return stored_part(grad, unwrapped(ctx.saved_tensors[0])), None
 
 
 class Values(torch.autograd.Function):
@@ -149,3 +149,14 @@ def sampled(dense: Tensor, like: LayoutTensor) -> LayoutTensor:
     if differentiates(dense):
         return apply(FromDense, dense, like)
     return like.sample(dense)
+
+
+def stored_part(grad: Tensor, like: LayoutTensor) -> Tensor:
+    """A gradient to what a layout has taken from a dense tensor, as that tensor's: dense, and 0
+    where nothing is stored. Of a mask, a layout comes on the mask's own entries.
+    """
+    if isinstance(grad, LayoutTensor):
+        if like.stored_values is None or grad.same_pattern(like):
+            return grad.to_dense()
+        grad = grad.to_dense()
+    return sampled(grad, like).to_dense()

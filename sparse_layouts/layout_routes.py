@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.dispatch import Use, dense_bytes, facts_of, permit, record, route
-from sparse_layouts.dispatch.routes import matches
+from sparse_layouts.dispatch.routes import find_route, matches
 from sparse_layouts.layout_autograd import apply, as_layout, sampled, values_of, with_values
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.mask_algebra import select
@@ -103,9 +103,8 @@ def can_scale(layout: LayoutTensor, other: Any) -> bool:
         # infinity or NaN times an entry that is not stored would not be 0
         return not mask and (isinstance(other, Tensor) or cmath.isfinite(other))
     if mask:
-        tail = layout.dim() if not isinstance(layout, BSRTensor) else layout.lead_dims + 2
-        same = tuple(other.shape[-tail:]) == tuple(layout.shape[-tail:])
-        return isinstance(layout, BSRTensor) and same
+        tail = layout.pattern_dims
+        return tuple(other.shape[-tail:]) == tuple(layout.shape[-tail:])
     if other.dim() > layout.dim():
         return False
     return torch.broadcast_shapes(other.shape, layout.shape) == layout.shape
@@ -205,7 +204,10 @@ def summed_axis(input: LayoutTensor, dim: Any, dtype: torch.dtype | None) -> int
     """-1 or -2 where a sum is along the last or last but one dimension and a product with ones."""
     dims = [dim] if isinstance(dim, int) else list(dim)
     added = input.dtype if dtype is None else dtype
-    if not isinstance(input, BSRTensor) or len(dims) != 1 or not added.is_floating_point:
+    values = input.stored_values
+    if values is None or len(dims) != 1 or not added.is_floating_point:
+        return None
+    if find_route(torch.matmul, (input, values), {}) is None:
         return None
     if not -input.dim() <= dims[0] < input.dim():
         return None
@@ -214,15 +216,16 @@ def summed_axis(input: LayoutTensor, dim: Any, dtype: torch.dtype | None) -> int
 
 
 def _ones_to_sum(
-    input: BSRTensor, axis: int, dtype: torch.dtype | None
-) -> tuple[BSRTensor | Tensor, BSRTensor | Tensor]:
+    input: LayoutTensor, axis: int, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     """The two factors of a product that is the sum along `axis`, -1 or -2."""
     if dtype is not None:
-        input = cast(BSRTensor, input.to(dtype))  # before adding up, as torch does
-    assert input.inner_values is not None
+        input = cast(LayoutTensor, input.to(dtype))  # before adding up, as torch does
+    values = input.stored_values
+    assert values is not None
     if axis == -1:
-        return input, input.inner_values.new_ones(input.shape[-1], 1)
-    return input.inner_values.new_ones(1, input.shape[-2]), input
+        return input, values.new_ones(input.shape[-1], 1)
+    return values.new_ones(1, input.shape[-2]), input
 
 
 def uses_of_sum(
@@ -236,7 +239,7 @@ def uses_of_sum(
     axis = summed_axis(input, dim, dtype)
     if axis is None:
         return NotImplemented
-    factors = _ones_to_sum(cast(BSRTensor, input), axis, dtype)
+    factors = _ones_to_sum(input, axis, dtype)
     for match in matches(torch.matmul, factors, {}):
         if match.route.uses is not None:
             return match.route.uses(*match.reading.args, **match.reading.kwargs)
@@ -259,7 +262,7 @@ def sum_entries(
     axis = summed_axis(input, dim, dtype)
     if axis is None:
         return NotImplemented
-    out = torch.matmul(*_ones_to_sum(cast(BSRTensor, input), axis, dtype))
+    out = torch.matmul(*_ones_to_sum(input, axis, dtype))
     return out if keepdim else out.squeeze(axis)
 
 

@@ -5,7 +5,10 @@ what every layout is, once. A layout's file declares its fields and what is its 
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -13,7 +16,8 @@ from torch import Tensor
 
 from sparse_layouts.dispatch import Layout, call_route, fall_back
 from sparse_layouts.dispatch.fallback import densified, first_argument, layouts_in
-from sparse_layouts.dispatch.missing_gradient import differentiable, lacks_gradient
+from sparse_layouts.exported_layouts import opened
+from sparse_layouts.index_identity import same_indices
 from sparse_layouts.operators import Operators
 from sparse_layouts.optimizer_entries import called_by_optimizer, on_entries
 from sparse_layouts.stored_entries import handler_of, keeps_layout, short, writes_entries
@@ -140,6 +144,14 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
             shape = self.shape
         return shape[-2], shape[-1]
 
+    @property
+    def pattern_dims(self) -> int:
+        """How many of the last dimensions the pattern has; those before it are the batch, with
+        values of its own on one pattern. All, unless a layout knows of batches.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.dim()
+
     def transposed(self) -> LayoutTensor | None:
         """The transposed layout on the same values, not differentiable; None where a layout has
         none: its transpose is dense.
@@ -178,8 +190,7 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
             return False
         if self.static() != other.static():
             return False
-        pairs = zip(self.inner_tensors()[1:], other.inner_tensors()[1:], strict=True)
-        return all(same_index(a, b) for a, b in pairs)
+        return same_indices(self.inner_tensors()[1:], other.inner_tensors()[1:])
 
     def clear_unstored(self) -> None:
         """Sets to zero what `values` holds room for but the layout does not store;
@@ -250,7 +261,8 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
         storages = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
             for t in self.inner_tensors()
-            if t is not None
+            # in a mapped file an empty tensor lies where the next one begins
+            if t is not None and t.untyped_storage().nbytes()
         }
         return sum(storages.values())
 
@@ -286,10 +298,11 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
     def _stable_hash_for_caching(self) -> str:
         """What torch's compile cache tells layouts apart by:
 
-        everything that traced code depends on.
+        everything that traced code depends on, this library's own code included.
         """
         names, (cls, static, dtype) = self.__tensor_flatten__()
-        return f"{cls.__module__}.{cls.__qualname__} {names} {static} {dtype}"
+        code = library_stamp()
+        return f"{cls.__module__}.{cls.__qualname__} {names} {static} {dtype} {code}"
 
     def __coerce_same_metadata_as_tangent__(
         self, metadata: Any, expected_type: type | None = None
@@ -315,13 +328,13 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
         if not keeps_layout(func):
+            if torch.compiler.is_exporting():
+                args, kwargs = opened(args), opened(kwargs)
             result = call_route(func, args, kwargs)
             if result is NotImplemented and called_by_optimizer():
                 result = on_entries(func, args, kwargs)
             if result is NotImplemented:
                 return fall_back(func, args, kwargs)
-            if lacks_gradient(result, args, kwargs):
-                return differentiable(func, args, kwargs, result)
             return result
         name = getattr(func, "__name__", "")
         if name == "__get__":
@@ -343,7 +356,8 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
             and kwargs.get("dtype") not in (None, torch.bool)
             and first_argument(args, kwargs).stored_values is None
         ):
-            return fall_back(func, args, kwargs)  # a mask has no values to be zero
+            result = call_route(func, args, kwargs)  # a mask has no values to be zero
+            return fall_back(func, args, kwargs) if result is NotImplemented else result
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -459,14 +473,49 @@ def rebuild(
     requires_grad: bool,
     is_parameter: bool,
 ) -> L:
-    """Makes a layout again from what pickle kept of it."""
-    layout = cls(*inner, shape=shape, dtype=dtype, **dict(static))
+    """Makes a layout again from what pickle kept of it.
+
+    `torch.load(weights_only=True)` calls it with whatever a file holds, so it takes layouts alone
+    and checks what costs nothing: kinds, names, sizes and the dtype. Not contents, which a file of
+    the older format fills in later: call `validate()` on a layout from somebody else.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, LayoutTensor)):
+        raise TypeError(f"rebuild: expected a layout class, got {short(cls)}")
+    named = dict(static)
+    if set(named) != set(cls.static_fields) or len(inner) != len(cls.fields):
+        raise ValueError(
+            f"rebuild: expected the fields {cls.fields} and {cls.static_fields} of a "
+            f"{cls.__name__}, got {len(inner)} tensors and {tuple(named)}"
+        )
+    if all(t is None for t in inner) or not all(t is None or isinstance(t, Tensor) for t in inner):
+        raise TypeError(f"rebuild: expected a tensor or None for each of {cls.fields}")
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"rebuild: expected sizes from 0, got {shape}")
+    if dtype != (dtype if inner[0] is None else inner[0].dtype):
+        raise ValueError(
+            f"rebuild: expected the dtype of {cls.fields[0]}, {inner[0].dtype}, got {dtype}"  # type: ignore[union-attr]
+        )
+    layout = cls(*inner, shape=shape, dtype=dtype, **named)
     layout.requires_grad_(requires_grad)
     if is_parameter:
         layout._is_param = True
     return layout
 
 
+@functools.cache
+def library_stamp() -> str:
+    """Which files this library consists of and when they were written.
+
+    Code that torch.compile keeps on disk was traced through them, and outlives them.
+    """
+    here = Path(__file__).parent
+    folders = (here, *(parent / name for parent in (here, here.parent) for name in _FOLDERS))
+    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    stats = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+_FOLDERS = ("dispatch", "kernels")  # beside this folder in a source checkout, below it installed
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
@@ -492,12 +541,3 @@ def set_data(target: Tensor, source: Any) -> None:
         tensor = getattr(source, "inner_" + name)
         setattr(target, "inner_" + name, tensor.detach())
     target.forget_derived()  # type: ignore[attr-defined]
-
-
-def same_index(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two index tensors hold the same; free when they are one tensor."""
-    if a is b:
-        return True
-    if a is None or b is None or a.shape != b.shape or a.device != b.device:
-        return False
-    return bool(torch.equal(a, b))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from sparse_layouts.dispatch import Layout
+from sparse_layouts.dispatch import Layout, dense_bytes, facts_of, permit, record
+from sparse_layouts.optimizer_entries import called_by_optimizer, dense_operand
 
 if TYPE_CHECKING:
     from sparse_layouts.layout_tensor import LayoutTensor
@@ -58,6 +59,9 @@ def _collect() -> frozenset[Any]:
         if name.startswith("_foreach_") or name.startswith("_fused_"):
             kept.add(getattr(torch, name))
     kept.add(torch._amp_foreach_non_finite_check_and_unscale_)
+    for name in ("sym_size", "sym_stride", "sym_storage_offset", "sym_numel"):
+        packet = getattr(aten, name)  # torch.compile asks by these for sizes that vary
+        kept.update(getattr(packet, overload) for overload in packet.overloads())
     # Both look at their arguments' __torch_function__; densified inputs would silently get no
     # gradient.
     kept.update((torch.autograd.grad, torch.autograd.backward))
@@ -84,6 +88,8 @@ def keeps_layout(function: Callable[..., Any]) -> bool:
     if name in ("__get__", "__set__", "__delete__"):
         return function not in _MAKES_TENSOR
     if name == "custom_function_call":  # how torch.func runs an autograd.Function, ours among them
+        return True
+    if getattr(function, "namespace", "") == "sparse_layouts":  # an operator that takes it whole
         return True
     return name.endswith("_") and _initialises(function)
 
@@ -156,6 +162,8 @@ def _values_of(value: Any, like: LayoutTensor, what: Any) -> Any:
             )
         return other.stored_values
     if isinstance(value, Tensor) and value.dim() > 0:
+        if called_by_optimizer():
+            return dense_operand(value, like, what)
         raise TypeError(
             f"{what}: a dense operand of shape {tuple(value.shape)} has entries that the "
             f"{type(like).__name__} does not store. "
@@ -166,6 +174,8 @@ def _values_of(value: Any, like: LayoutTensor, what: Any) -> Any:
 
 def pointwise(func: Any, args: Any, kwargs: Any) -> Any:
     """A pointwise operator, in place or not, on the stored entries."""
+    if "out" in kwargs:
+        return pointwise_into(func, args, kwargs)
     writes = func._schema.is_mutable
     target = args[0] if writes and isinstance(args[0], Layout) else None
     like: Any = target if target is not None else _first((*args, *kwargs.values()))
@@ -182,6 +192,42 @@ def pointwise(func: Any, args: Any, kwargs: Any) -> Any:
     result = like.like_self(out)
     result.clear_unstored()
     return result
+
+
+def pointwise_into(func: Any, args: Any, kwargs: Any) -> Any:
+    """A pointwise operator with `out=`: a layout gets the stored entries, a dense tensor all."""
+    out = kwargs["out"]
+    if not isinstance(out, Layout):
+        whole = [a.to_dense_entries() if isinstance(a, Layout) else a for a in args]  # type: ignore[attr-defined]
+        return func(*whole, **kwargs)
+    like: Any = out
+    unwrapped = [_values_of(a, like, func) for a in args]
+    func(*unwrapped, **{k: _values_of(v, like, func) for k, v in kwargs.items()})
+    like.clear_unstored()
+    return out
+
+
+@handles(aten.view.default)
+def flatten(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """`view(-1)` below autograd: all entries in a row, as a copy.
+
+    So DistributedDataParallel sends parameters, and gradients, which it brings back by `copy_`.
+    """
+    layout, size = args
+    if list(size) not in ([-1], [layout.shape.numel()]):
+        raise NotImplementedError(
+            f"{func}: below autograd a {type(layout).__name__} is only flattened, not made "
+            f"{tuple(size)}; pass w.to_dense()."
+        )
+    kind = type(layout).__name__
+    what = f"A {kind} is sent between processes, or flattened, as a dense tensor."
+    permit(what, dense_bytes(layout), layout.device.type, "view")
+    dense = layout.to_dense_entries().reshape(-1)
+    record("view", "dense fallback", facts_of(dense), dense_bytes(layout))
+    return dense
+
+
+handles(aten.abs_.default)(pointwise)  # the one in-place form that torch does not tag so
 
 
 @handles(aten.detach.default, aten.alias.default, aten.view_as.default)
@@ -251,6 +297,26 @@ def zeros_like(func: Any, args: Any, kwargs: Any) -> Any:
     return out if device is None else out.to(device)
 
 
+@handles(
+    aten.full_like.default,
+    aten.ones_like.default,
+    aten.rand_like.default,
+    aten.randn_like.default,
+)
+def filled_like(func: Any, args: Any, kwargs: Any) -> Any:
+    """A layout of the same pattern with other values: where an optimizer asks for it, or autograd;
+    for other code `full_like` is dense.
+    """
+    layout, *rest = args
+    device = kwargs.get("device")
+    if layout.stored_values is None:
+        raise TypeError(f"{func}: a mask layout has no values")
+    options = {"dtype": kwargs.get("dtype")}
+    out = layout.like_self(func(layout.stored_values, *rest, **options))
+    out.clear_unstored()
+    return out if device is None else out.to(device)
+
+
 @handles(aten.is_same_size.default)
 def is_same_size(func: Any, args: Any, kwargs: Any) -> bool:
     """By shape."""
@@ -277,11 +343,22 @@ def copy_(func: Any, args: Any, kwargs: Any) -> Any:
             into.stored_values.copy_(other.stored_values)
         return target
     if into.stored_values is None:
+        if source.dtype == torch.bool and torch.equal(
+            source.expand(into.shape).to(into.device), into.to_dense_entries()
+        ):
+            return target  # DistributedDataParallel brings buffers back as they were sent
         raise TypeError("copy_: a mask layout has no values to copy into")
     if source.dim() == 0:
         into.stored_values.copy_(source)
         into.clear_unstored()
         return target
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"copy_: expected a layout, got {short(source)}; whether it is 0 wherever "
+            f"{type(into).__name__} stores nothing cannot be seen while code is compiled. Sample "
+            "it: w.copy_(x.sparse_mask(w)); an optimizer: fused=True, as in "
+            "torch.optim.AdamW(parameters, fused=True)."
+        )
     taken = into.sample(source.expand(into.shape))
     if not torch.equal(taken.to_dense_entries(), source.expand(into.shape).to(taken.device)):
         raise ValueError(

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.sparse_layouts import contract_table
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 REASON = pytest.StashKey[tuple[Callable[[str], Any], str]]()
@@ -39,6 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "contract(behaviour): a cell of the contract table (layout x behaviour)"
+    )
     expected = config.getoption("--expect-triton")
     if expected is not None:
         import triton
@@ -77,6 +82,11 @@ def reason_not_to_run(item: pytest.Item) -> str | None:
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have removed what was not asked for
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        marker = item.get_closest_marker("contract")
+        if marker is not None:
+            cell = contract_table.cell_of(item.name, *marker.args)
+            item.user_properties.append((contract_table.PROPERTY, tuple(cell)))
     reasons = {item: reason for item in items if (reason := reason_not_to_run(item))}
     # A run whose every test is skipped looks green and has tested nothing.
     in_vain = HAS_TRITON and items and len(reasons) == len(items) and config.option.markexpr
@@ -85,6 +95,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"nothing that -m '{config.option.markexpr}' asks for runs: {why}")
     for item, reason in reasons.items():
         item.stash[REASON] = (pytest.fail if in_vain else pytest.skip), reason
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints the contract table, on the process that reports."""
+    outcomes = []
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) != "call" and getattr(report, "passed", True):
+                continue  # a setup or teardown that went well says nothing
+            for name, value in getattr(report, "user_properties", ()):
+                if name == contract_table.PROPERTY:
+                    outcomes.append((contract_table.Cell(*value), report.outcome))
+    lines = contract_table.table(outcomes)
+    if lines:
+        terminalreporter.section("contract: layout x behaviour")
+        for line in lines:
+            terminalreporter.line(line)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sparse_layouts.block_pattern import expand_heads
 from sparse_layouts.bsr_tensor import BSRTensor
-from sparse_layouts.layout_tensor import LayoutTensor, same_index
+from sparse_layouts.index_identity import same_index
+from sparse_layouts.layout_tensor import LayoutTensor
 
 
 def check_attention(

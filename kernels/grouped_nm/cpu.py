@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_layouts.grouped_nm_tensor import absolute_columns, choices, densify, gather
+from sparse_layouts.grouped_nm_packing import absolute_columns, choices, densify, gather
 from sparse_layouts.kernels.cpu_common import product_dtype, score_dtype
 
 # Entries of W that are made dense at a time: 2 MB in fp32 stay in cache.

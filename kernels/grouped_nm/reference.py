@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_layouts.grouped_nm_tensor import densify, gather
+from sparse_layouts.grouped_nm_packing import densify, gather
 
 
 def grouped_nm_matmul(

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_layouts.grouped_nm_tensor import densify, gather
+from sparse_layouts.grouped_nm_packing import densify, gather
 from tests.kernels.accuracy import Arithmetic, Results
 from tests.kernels.cases import Call, Case, Device, Operands, random_source
 

@@ -56,7 +56,8 @@ def facts_on_gpus(case: Case, dtype: torch.dtype) -> list[Facts]:
     """The facts of a case on every architecture that kernels are compiled for."""
     facts = case.facts(dtype, "cpu")
     triton = facts.triton or (3, 6, 0)
-    return [facts._replace(device="cuda", capability=c, triton=triton) for c in CAPABILITIES]
+    on_gpu = facts._replace(device="cuda", triton=triton, cusparselt=True)
+    return [on_gpu._replace(capability=c) for c in CAPABILITIES]
 
 
 def runs_in(row: Kernel, case: Case, dtype: torch.dtype) -> Iterator[str]:

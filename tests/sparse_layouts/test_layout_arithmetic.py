@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparse_layouts as sl
+from sparse_layouts.block_pattern import dense_counts, expand_heads
 
 Check = Callable[..., None]
 Function = Callable[..., Tensor]
@@ -370,9 +371,12 @@ def test_a_leaf_that_needs_a_gradient_is_not_written(layout: sl.LayoutTensor) ->
 
 
 def softmax_of_stored(layout: sl.BSRTensor, dense: Tensor, dim: int, log: bool) -> Tensor:
-    """By definition: what is not stored is -inf; rows without entries give 0."""
+    """By definition: what is not stored is -inf, a block that counts c times has log c more; rows
+    without entries give 0.
+    """
     stored = layout.pattern.to_dense().expand(layout.shape)
-    scores = dense.masked_fill(~stored, -torch.inf)
+    counts = dense_counts(expand_heads(layout.block_pattern)).expand(layout.shape)
+    scores = (dense + counts.clamp(min=1).to(dense.dtype).log()).masked_fill(~stored, -torch.inf)
     empty = ~stored.any(dim, keepdim=True)
     function = torch.log_softmax if log else torch.softmax
     return function(scores.masked_fill(empty, 0.0), dim).masked_fill(~stored, 0.0)

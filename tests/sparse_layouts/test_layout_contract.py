@@ -64,6 +64,7 @@ def test_a_layout_without_examples_is_found(
 # --- dense, and back ------------------------------------------------------------------------------
 
 
+@pytest.mark.contract("dense form")
 def test_round_trip(layout: sl.LayoutTensor) -> None:
     layout.validate()
     dense = layout.to_dense()
@@ -74,10 +75,12 @@ def test_round_trip(layout: sl.LayoutTensor) -> None:
     assert torch.equal(again.stored_values, layout.stored_values)
 
 
+@pytest.mark.contract("dense form")
 def test_to_dense_takes_a_dtype(layout: sl.LayoutTensor) -> None:
     assert torch.equal(layout.to_dense(torch.float32), layout.to_dense().float())
 
 
+@pytest.mark.contract("dense form")
 def test_sizes(layout: sl.LayoutTensor) -> None:
     dense = layout.to_dense()
     assert layout.nnz == int((torch.ones_like(dense).sparse_mask(layout).to_dense() != 0).sum())
@@ -219,13 +222,13 @@ def test_slices_of_every_layout(block_layout: sl.BSRTensor) -> None:
     assert torch.equal(cut.to_dense(), block_layout.to_dense()[index])
 
 
-def test_slices_of_masks(mask: sl.BSRTensor) -> None:
-    bm, bn = mask.block_size
+def test_slices_of_masks(block_mask: sl.BSRTensor) -> None:
+    bm, bn = block_mask.block_size
     index = (Ellipsis, slice(None, 2 * bm), slice(bn, None))
     with sl.fallback("error"):
-        cut = mask[index]
+        cut = block_mask[index]
     cut.validate()
-    assert torch.equal(cut.to_dense(), mask.to_dense()[index])
+    assert torch.equal(cut.to_dense(), block_mask.to_dense()[index])
 
 
 @pytest.mark.parametrize(
@@ -280,6 +283,7 @@ def test_views_share_values_with_their_base(small: sl.BSRTensor) -> None:
 # --- copies ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract("copies")
 def test_detach_shares_everything(layout: sl.LayoutTensor) -> None:
     layout.requires_grad_()
     detached = layout.detach()
@@ -289,6 +293,7 @@ def test_detach_shares_everything(layout: sl.LayoutTensor) -> None:
     assert detached.stored_values.data_ptr() == layout.stored_values.data_ptr()
 
 
+@pytest.mark.contract("copies")
 @pytest.mark.parametrize("duplicate", [torch.clone, copy.deepcopy])
 def test_a_copy_shares_the_pattern_and_not_the_values(
     duplicate: Callable[[Tensor], Tensor], layout: sl.LayoutTensor
@@ -303,6 +308,7 @@ def test_a_copy_shares_the_pattern_and_not_the_values(
         assert not torch.equal(made.to_dense(), before)
 
 
+@pytest.mark.contract("masks: copies and files")
 def test_mask_copies(mask: sl.BSRTensor) -> None:
     for made in (mask.clone(), copy.deepcopy(mask), mask.detach(), copy.copy(mask)):
         assert_same_layout(made, mask)
@@ -330,6 +336,7 @@ def test_deepcopy_of_a_result_raises(small: sl.BSRTensor) -> None:
 # --- files ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract("files")
 @pytest.mark.parametrize(
     "through", [saved_and_loaded, lambda w: pickle.loads(pickle.dumps(w))], ids=["save", "pickle"]
 )
@@ -339,6 +346,7 @@ def test_files(through: Callable[[object], object], layout: sl.LayoutTensor) -> 
     assert_same_layout(through(layout), layout)
 
 
+@pytest.mark.contract("masks: copies and files")
 @pytest.mark.parametrize(
     "through", [saved_and_loaded, lambda w: pickle.loads(pickle.dumps(w))], ids=["save", "pickle"]
 )
@@ -348,6 +356,7 @@ def test_mask_files(through: Callable[[object], object], mask: sl.BSRTensor) -> 
     assert repr(again) == repr(mask)
 
 
+@pytest.mark.contract("files")
 def test_a_file_of_a_parameter_and_its_optimizer(layout: sl.LayoutTensor) -> None:
     weight = nn.Parameter(layout)
     optimizer = torch.optim.Adam([weight])
@@ -399,6 +408,7 @@ def test_load_state_dict_between_dense_and_layout(small: sl.BSRTensor) -> None:
 # --- dtypes and devices ---------------------------------------------------------------------------
 
 
+@pytest.mark.contract("dtypes and devices")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_to_dtype(dtype: torch.dtype, layout: sl.LayoutTensor) -> None:
     made = layout.to(dtype)
@@ -410,6 +420,7 @@ def test_to_dtype(dtype: torch.dtype, layout: sl.LayoutTensor) -> None:
     assert layout.to(layout.dtype) is layout
 
 
+@pytest.mark.contract("dtypes and devices")
 def test_to_dtype_is_differentiable(layout: sl.LayoutTensor) -> None:
     layout.requires_grad_().float().sum().backward()
     assert layout.grad.dtype == layout.dtype
@@ -417,17 +428,20 @@ def test_to_dtype_is_differentiable(layout: sl.LayoutTensor) -> None:
     assert_same_layout(layout.grad, ones)
 
 
+@pytest.mark.contract("masks: copies and files")
 def test_a_mask_in_another_dtype_has_ones(mask: sl.BSRTensor) -> None:
     ones = mask.to(torch.float32)
     ones.validate()
     assert torch.equal(ones.to_dense(), mask.to_dense().float())
 
 
+@pytest.mark.contract("dtypes and devices")
 def test_values_do_not_become_bool(layout: sl.LayoutTensor) -> None:
     with pytest.raises(TypeError, match=r"cannot become bool.*w\.pattern"):
         layout.to(torch.bool)
 
 
+@pytest.mark.contract("dtypes and devices")
 def test_to_meta_and_empty(layout: sl.LayoutTensor) -> None:
     on_meta = layout.to("meta")
     assert type(on_meta) is type(layout)
@@ -440,6 +454,7 @@ def test_to_meta_and_empty(layout: sl.LayoutTensor) -> None:
     assert all(t is None or t.device.type == "meta" for t in on_meta.inner_tensors())
 
 
+@pytest.mark.contract("masks: copies and files")
 def test_masks_to_meta(mask: sl.BSRTensor) -> None:
     on_meta = mask.to("meta")
     assert type(on_meta) is type(mask)
@@ -447,6 +462,7 @@ def test_masks_to_meta(mask: sl.BSRTensor) -> None:
     assert "meta" in repr(on_meta)
 
 
+@pytest.mark.contract("dtypes and devices")
 def test_module_conversions_keep_the_parameter(layout: sl.LayoutTensor) -> None:
     model = nn.ParameterList([layout])
     for convert, dtype in (("half", torch.float16), ("double", torch.float64)):
@@ -463,6 +479,7 @@ def test_module_conversions_keep_the_parameter(layout: sl.LayoutTensor) -> None:
 # --- what it says of itself -----------------------------------------------------------------------
 
 
+@pytest.mark.contract("printing and hashing")
 def test_repr(layout: sl.LayoutTensor) -> None:
     text = repr(layout.requires_grad_())
     assert text.startswith(f"{type(layout).__name__}([")

@@ -55,6 +55,7 @@ def test_ten_steps(name: str, form: str, small: sl.BSRTensor, assert_close: Chec
     check_ten_steps(name, form, small, assert_close)
 
 
+@pytest.mark.contract("optimizers")
 @pytest.mark.parametrize(
     ("name", "form"), [("SGD", "plain"), ("Adam", "foreach"), ("AdamW", "fused")]
 )
@@ -129,6 +130,7 @@ def test_clip_grad_value(small: sl.BSRTensor) -> None:
     weight.grad.validate()
 
 
+@pytest.mark.contract("accumulation")
 def test_gradients_accumulate(layout: sl.LayoutTensor, assert_close: Check) -> None:
     layout.requires_grad_()
     quadratic(layout).backward()

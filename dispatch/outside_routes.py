@@ -1,4 +1,4 @@
-"""The gradient of a route whose handler computes none: by torch's own function, densely.
+"""Handlers of routes from outside this library: shown in the trace, and differentiable.
 
 A handler that leaves torch (scipy, a library's C code, a kernel of one's own) returns a tensor that
 autograd knows nothing of. Returned as it is, training would go on without that gradient and say
@@ -15,11 +15,32 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from sparse_layouts.dispatch import settings
-from sparse_layouts.dispatch.faces import Function, name_of
+from sparse_layouts.dispatch.faces import Function, Reading, name_of
 from sparse_layouts.dispatch.fallback import densified, fall_back, permit
 from sparse_layouts.dispatch.kernel_table import facts_of
 from sparse_layouts.dispatch.layout import Layout, dense_bytes
-from sparse_layouts.dispatch.tracing import record
+from sparse_layouts.dispatch.routes import Route
+from sparse_layouts.dispatch.tracing import Step, described, record
+
+
+def run_outside(row: Route, reading: Reading) -> Any:
+    """What the handler returns, with a gradient; a step of the trace in force, before those of the
+    handler's own calls.
+    """
+    found = settings.current().trace
+    steps_before = 0 if found is None else len(found.steps)
+    result = row.handler(*reading.args, **reading.kwargs)
+    if result is NotImplemented:
+        return result
+    if found is not None:
+        given = tree_flatten((reading.args, reading.kwargs))[0]
+        layout: Any = next(value for value in given if isinstance(value, Layout))
+        name = getattr(row.handler, "__qualname__", repr(row.handler))
+        step = Step(name_of(row.function), name, *described(facts_of(layout)), 0)
+        found.steps.insert(steps_before, step)
+    if lacks_gradient(result, reading.args, reading.kwargs):
+        return differentiable(reading.function, reading.args, reading.kwargs, result)
+    return result
 
 
 class Call(NamedTuple):

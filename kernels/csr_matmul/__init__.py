@@ -1,0 +1,131 @@
+"""csr_matmul: a CSR or CSC matrix times a dense one, either way round, with gradients to both.
+
+`out = W @ x`, W (*batch, M, K) a CSRTensor or CSCTensor, x dense; the other products are made of
+this one (`kernels/products.py`). A CSC is the transposed CSR of its transpose, so that every
+product of either is this op, `transposed` or not. The gradient to W is `csr_sddmm`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparse_layouts import opaque
+from sparse_layouts.compressed_tensor import CompressedTensor
+from sparse_layouts.dispatch import Facts, Use, facts_of, register_kernel, run
+from sparse_layouts.kernels import requirements
+from sparse_layouts.kernels.csr_matmul import reference
+from sparse_layouts.kernels.products import Family, broadcast_product, register_products
+from sparse_layouts.layout_routes import transpose_layout
+
+OP = "csr_matmul"
+_HERE = "sparse_layouts.kernels.csr_matmul"
+for _name, _function, _requires in (
+    ("triton", "triton_csr_matmul:csr_matmul", requirements.triton_csr),
+    ("cusparse", "cusparse:csr_matmul", requirements.cusparse_csr),
+    ("mkl", "cpu:csr_matmul_mkl", requirements.mkl_csr),
+    ("cpu", "cpu:csr_matmul", requirements.cpu),
+):
+    register_kernel(OP, _name, f"{_HERE}.{_function}", _requires)
+
+
+def facts(values: Tensor, columns: int) -> Facts:
+    """What the choice of a kernel depends on; `columns` of the dense operand count by powers of
+    two.
+    """
+    return facts_of(values, columns=1 << (columns - 1).bit_length() if columns > 0 else 0)
+
+
+def _launch(
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    x: Tensor,
+    shape: tuple[int, int],
+    transposed: bool,
+    transposed_output: bool,
+) -> Tensor:
+    return run(
+        OP,
+        facts(values, x.shape[-1]),
+        reference.csr_matmul,
+        values.shape[0] * math.prod(shape) * values.element_size(),
+        values.contiguous(),
+        crow,
+        col,
+        x,
+        shape=tuple(shape),
+        transposed=transposed,
+        transposed_output=transposed_output,
+    )
+
+
+def _shape(
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    x: Tensor,
+    shape: tuple[int, int],
+    transposed: bool,
+    transposed_output: bool,
+) -> Tensor:
+    batch = torch.broadcast_shapes(values.shape[:1], x.shape[:1])[0]
+    rows, n = shape[1 if transposed else 0], x.shape[-1]
+    if transposed_output:
+        return x.new_empty(batch, n, rows).mT
+    return x.new_empty(batch, rows, n)
+
+
+csr_matmul_op = opaque.define(
+    OP,
+    "Tensor values, Tensor crow, Tensor col, Tensor x, SymInt[] shape, bool transposed, "
+    "bool transposed_output",
+    _launch,
+    _shape,
+)
+
+
+def multiply(layout: CompressedTensor, x: Tensor, transposed_output: bool = False) -> Tensor:
+    """`W @ x` with broadcasting over the leading dimensions, without autograd."""
+    values = layout.inner_values
+    assert values is not None
+    crow, col = layout.lists
+    shape, transposed = layout.compressed_shape, not layout.by_rows
+    if values.dim() == 1 and x.dim() == 2:  # the most frequent: 10 us of views less
+        values, x = values.unsqueeze(0), x.unsqueeze(0)
+        out = csr_matmul_op(values, crow, col, x, shape, transposed, transposed_output)
+        return out.squeeze(0)
+
+    def product_of_one(flat_values: Tensor, flat_x: Tensor) -> Tensor:
+        x_of_one = flat_x[:, 0]
+        out = csr_matmul_op(flat_values, crow, col, x_of_one, shape, transposed, transposed_output)
+        return out.unsqueeze(1)
+
+    return broadcast_product(values, 1, (), shape[1 if transposed else 0], x, product_of_one)
+
+
+def _transpose(layout: CompressedTensor) -> CompressedTensor:
+    return transpose_layout(layout, -2, -1)
+
+
+def _sampled(a: Tensor, b: Tensor, layout: CompressedTensor) -> CompressedTensor:
+    from sparse_layouts.kernels.csr_sddmm import sampled_and_summed
+
+    return sampled_and_summed(a, b, layout)
+
+
+def _uses(layout: CompressedTensor, x: Tensor) -> list[Use]:
+    assert layout.inner_values is not None
+    own = facts(layout.inner_values, x.shape[-1])
+    uses = [Use("forward", OP, own)]
+    if torch.is_grad_enabled() and x.requires_grad:
+        uses.append(Use("gradient of the dense operand", OP, own))
+    if torch.is_grad_enabled() and layout.requires_grad:
+        uses.append(Use("gradient of the layout's values", "csr_sddmm", facts_of(x)))
+    return uses
+
+
+FAMILY = Family(multiply, _transpose, _sampled, _uses)
+register_products(CompressedTensor, FAMILY)

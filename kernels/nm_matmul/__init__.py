@@ -1,0 +1,148 @@
+"""nm_matmul: an n:m layout times a dense matrix, either way round, with gradients to both.
+
+`out = W @ x`, W (*batch, *lead, M, K) an NMTensor, x dense; the other products are made of this one
+(`kernels/products.py`), those of a transposed layout with `transposed`. The gradient to W is
+`nm_sddmm`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparse_layouts import opaque
+from sparse_layouts.dispatch import Facts, Use, facts_of, register_kernel, run
+from sparse_layouts.kernels import requirements
+from sparse_layouts.kernels.nm_matmul import reference
+from sparse_layouts.kernels.nm_sddmm import sampled_and_summed
+from sparse_layouts.kernels.products import Family, broadcast_product, register_products
+from sparse_layouts.layout_routes import transpose_layout
+from sparse_layouts.nm_tensor import NMTensor
+
+OP = "nm_matmul"
+_HERE = "sparse_layouts.kernels.nm_matmul"
+for _name, _function, _requires in (
+    ("semi_structured", "semi_structured:nm_matmul", requirements.semi_structured),
+    ("triton", "triton_nm_matmul:nm_matmul", requirements.triton_nm),
+    ("cpu_mkl", "cpu:nm_matmul_mkl", requirements.cpu_mkl_nm),
+    ("cpu", "cpu:nm_matmul", requirements.cpu),
+):
+    register_kernel(OP, _name, f"{_HERE}.{_function}", _requires)
+
+
+def _columns_fact(columns: int) -> int:
+    """Columns of the dense operand, rounded up to a power of two."""
+    return 1 << (columns - 1).bit_length() if columns > 0 else 0
+
+
+def facts(
+    values: Tensor, n: int, m: int, columns: int, matrix: tuple[int, int], transposed: bool
+) -> Facts:
+    """What the choice of a kernel depends on."""
+    return facts_of(
+        values,
+        n_of_m=(n, m),
+        columns=_columns_fact(columns),
+        transposed=transposed,
+        divisor=math.gcd(*matrix, 64),
+    )
+
+
+def _launch(
+    values: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    n: int,
+    m: int,
+    transposed: bool,
+    transposed_output: bool,
+) -> Tensor:
+    matrix = (values.shape[-2], values.shape[-1] // n * m)
+    batch = max(values.shape[0], x.shape[0]) if values.shape[0] and x.shape[0] else 0
+    if batch == 0:
+        values, x = values[:0], x[:0]
+    own = facts(values, n, m, x.shape[-1], matrix, transposed)
+    dense = values.shape[0] * values.shape[1] * math.prod(matrix) * values.element_size()
+    return run(
+        OP,
+        own,
+        reference.nm_matmul,
+        dense,
+        values,
+        indices,
+        x,
+        n=n,
+        m=m,
+        transposed=transposed,
+        transposed_output=transposed_output,
+    )
+
+
+def _shape(
+    values: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    n: int,
+    m: int,
+    transposed: bool,
+    transposed_output: bool,
+) -> Tensor:
+    batch = torch.broadcast_shapes(values.shape[:1], x.shape[:1])[0]
+    rows = values.shape[-1] // n * m if transposed else values.shape[-2]
+    patterns, columns = x.shape[1], x.shape[-1]
+    if transposed_output:
+        return x.new_empty(batch, patterns, columns, rows).mT
+    return x.new_empty(batch, patterns, rows, columns)
+
+
+nm_matmul_op = opaque.define(
+    OP,
+    "Tensor values, Tensor indices, Tensor x, int n, int m, bool transposed, "
+    "bool transposed_output",
+    _launch,
+    _shape,
+)
+
+
+def multiply(layout: NMTensor, x: Tensor, transposed_output: bool = False) -> Tensor:
+    """`W @ x` with broadcasting over the leading dimensions, without autograd."""
+    values, lead = layout.inner_values, layout.lead
+    assert values is not None
+    patterns, indices = math.prod(lead), layout.inner_indices
+    transposed = layout.axis == -2
+
+    def product_of_one(flat_values: Tensor, flat_x: Tensor) -> Tensor:
+        each = flat_values.reshape(flat_values.shape[0], patterns, *flat_values.shape[-2:])
+        if each.shape[0] > 1 and each.stride(0) == 0:  # one batch for all: read once
+            each = each[:1]
+        return nm_matmul_op(
+            each, indices, flat_x, layout.n, layout.m, transposed, transposed_output
+        )
+
+    rows = layout.columns if transposed else layout.rows
+    return broadcast_product(values, len(lead) + 2, lead, rows, x, product_of_one)
+
+
+def _transpose(layout: NMTensor) -> NMTensor:
+    return transpose_layout(layout, -2, -1)
+
+
+def _uses(layout: NMTensor, x: Tensor) -> list[Use]:
+    values = layout.inner_values
+    assert values is not None
+    matrix = (layout.rows, layout.columns)
+    own = facts(values, layout.n, layout.m, x.shape[-1], matrix, layout.axis == -2)
+    uses = [Use("forward", OP, own)]
+    if torch.is_grad_enabled() and x.requires_grad:
+        flipped = own._replace(transposed=not own.transposed)
+        uses.append(Use("gradient of the dense operand", OP, flipped))
+    if torch.is_grad_enabled() and layout.requires_grad:
+        sampling = facts_of(values, n_of_m=own.n_of_m)
+        uses.append(Use("gradient of the layout's values", "nm_sddmm", sampling))
+    return uses
+
+
+FAMILY = Family(multiply, _transpose, sampled_and_summed, _uses)
+register_products(NMTensor, FAMILY)

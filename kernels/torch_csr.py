@@ -1,0 +1,25 @@
+"""A CSR matrix as torch's own sparse tensor, on the same memory, for torch's kernels."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def _say_beta_once() -> None:
+    """Takes torch's warning that sparse CSR support is in beta, which it gives once a process:
+    whoever calls a layout's product has made no such tensor.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support")
+        torch.eye(1).to_sparse_csr()
+
+
+def torch_csr(values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The (M, K) matrix of values (S,) as `torch.sparse_csr`; shares memory, no host sync."""
+    _say_beta_once()
+    return torch.sparse_csr_tensor(crow, col, values, size=shape, check_invariants=False)
