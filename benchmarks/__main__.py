@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import torch
 
-from benchmarks import cpu, gpu, layouts
+from benchmarks import bigbird, cpu, gpu, layouts
 from benchmarks.timing import Row, selected
 from sparse_layouts import info
 
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: --device cuda: torch sees no CUDA device", file=sys.stderr)
         return 1
     with_cpu = options.device != "cuda"
-    known = ([*cpu.NAMES, *layouts.NAMES] if with_cpu else []) + (
+    known = ([*cpu.NAMES, *layouts.NAMES, *bigbird.NAMES] if with_cpu else []) + (
         gpu.names(options.quick) if with_gpu else []
     )
     if options.list:
@@ -212,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if with_cpu:
         rows += cpu.run(options.only, options.quick, tell)
         rows += layouts.run(options.only, options.quick, tell)
+        rows += bigbird.run(options.only, options.quick, tell)
     print_table(rows)
     if options.out is not None:
         content = {

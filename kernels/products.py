@@ -1,9 +1,9 @@
 """Products of a layout and a dense matrix, for every kind of layout: checks, faces, autograd.
 
-An op's folder says in a :class:`Family` how one kind multiplies; :func:`register_products` makes
-the routes. `out = W @ x`, W (*batch, M, K) a layout, x dense. `x @ W` is `(W.mT @ x.mT).mT`,
-`F.linear(x, W)` is `(W @ x.mT).mT`; nothing is copied for it. Gradients: to x, `W.mT @ g`; to W,
-`g @ x.mT` at its stored entries, in its layout.
+An op's folder says in a :class:`Family` how one kind multiplies; `product_routes.py` makes the
+routes. `out = W @ x`, W (*batch, M, K) a layout, x dense; its gradients are, to x, `W.mT @ g`, and
+to W the sampled product `g @ x.mT` at its stored entries, in its layout. Those of a sampled product
+`S = a @ b` are `G @ b.mT` and `a.mT @ G`, G the gradient in the layout: products again.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_layouts.dispatch import Use, current, restored, route
+from sparse_layouts.dispatch import Use, current, restored
 from sparse_layouts.layout_autograd import apply, as_layout, differentiates, unwrapped
+from sparse_layouts.layout_routes import transpose_layout
 from sparse_layouts.layout_tensor import LayoutTensor
 
 
@@ -28,15 +28,15 @@ class Family:
 
     `multiply(layout, x, transposed_output)` is `W @ x` without autograd, x (*any, K, N) broadcast
     against the layout's leading dimensions; with `transposed_output` the storage of the result is
-    that of a contiguous (..., N, M). `transpose(layout)` and `sampled(a, b, layout)` (`a @ b` at
-    the layout's entries, summed over the dimensions that the layout lacks or has with size 1) are
-    differentiable. `uses(layout, x)` lists the ops of such a product for `sl.explain`.
+    that of a contiguous (..., N, M). `sample(a, b, mask)` is `a @ b` at the mask's stored entries
+    without autograd, in its layout; the dimensions before the mask's own are the batch. `uses` and
+    `uses_of_sample`, with the same operands, list the ops for `sl.explain`.
     """
 
     multiply: Callable[[Any, Tensor, bool], Tensor]
-    transpose: Callable[[Any], Any]
-    sampled: Callable[[Tensor, Tensor, Any], Any]
+    sample: Callable[[Tensor, Tensor, Any], Any]
     uses: Callable[[Any, Tensor], list[Use]]
+    uses_of_sample: Callable[[Tensor, Tensor, Any], list[Use]]
 
 
 class LayoutProduct(torch.autograd.Function):
@@ -61,9 +61,9 @@ class LayoutProduct(torch.autograd.Function):
         dlayout = dx = None
         with restored(ctx.settings):
             if ctx.needs_input_grad[1]:
-                dlayout = as_layout(family.sampled(grad, x.mT, layout), layout)
+                dlayout = as_layout(sampled_and_summed(family, grad, x.mT, layout), layout)
             if ctx.needs_input_grad[2]:
-                dx = product(family, family.transpose(layout), grad).sum_to_size(x.shape)
+                dx = product(family, transposed(layout), grad).sum_to_size(x.shape)
         return None, dlayout, dx, None
 
 
@@ -74,6 +74,52 @@ def product(
     if differentiates(x, layout):
         return apply(LayoutProduct, family, layout, x, transposed_output)
     return family.multiply(layout, x, transposed_output)
+
+
+class SampledProduct(torch.autograd.Function):
+    """`a @ b` at the entries that a mask stores."""
+
+    @staticmethod
+    def forward(family: Family, a: Tensor, b: Tensor, mask: LayoutTensor) -> LayoutTensor:
+        return family.sample(a, b, mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.family = inputs[0]
+        ctx.save_for_backward(inputs[1], inputs[2], output)
+        ctx.settings = current()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        a, b, saved = ctx.saved_tensors
+        gradient = as_layout(grad, unwrapped(saved))
+        da = db = None
+        with restored(ctx.settings):
+            if ctx.needs_input_grad[1]:
+                da = product(ctx.family, gradient, b.mT).sum_to_size(a.shape)
+            if ctx.needs_input_grad[2]:
+                flipped = product(ctx.family, transposed(gradient), a, True)
+                db = flipped.mT.sum_to_size(b.shape)
+        return None, da, db, None
+
+
+def sampled_product(family: Family, a: Tensor, b: Tensor, mask: LayoutTensor) -> Any:
+    """`a @ b` of checked operands at the mask's entries, differentiable."""
+    if differentiates(a, b):
+        return apply(SampledProduct, family, a, b, mask.detach())
+    return family.sample(a, b, mask)
+
+
+def sampled_and_summed(family: Family, a: Tensor, b: Tensor, layout: LayoutTensor) -> Any:
+    """`a @ b` at the layout's entries, summed over the dimensions that the layout lacks or has with
+    size 1: one product, and nothing to add.
+    """
+    return sampled_product(family, *fold_summed(a, b, tuple(layout.shape[:-2])), layout)
+
+
+def transposed(layout: LayoutTensor) -> Any:
+    """`layout.mT`, differentiable."""
+    return transpose_layout(layout, -2, -1)
 
 
 def broadcast_product(
@@ -171,6 +217,36 @@ def check(layout: LayoutTensor, dense: Any, contracted: int, own: int, what: str
         )
 
 
+def check_sampled(a: Any, b: Any, mask: LayoutTensor) -> None:
+    """Raises for operands of a sampled product that do not fit: what was expected, what came."""
+    for name, t in (("a", a), ("b", b)):
+        if not isinstance(t, Tensor) or isinstance(t, LayoutTensor):
+            raise TypeError(f"sddmm: {name} is a dense tensor, got {type(t).__name__}")
+        if not t.dtype.is_floating_point:
+            raise TypeError(f"sddmm: {name} is floating, got {t.dtype}; convert it with .float()")
+        if t.dim() < 2:
+            raise ValueError(
+                f"sddmm: {name} is at least 2-D, got shape {tuple(t.shape)}; a vector is x[:, None]"
+            )
+        if t.device != mask.device:
+            raise ValueError(f"sddmm: {name} is on {t.device}, the mask on {mask.device}")
+    if a.dtype != b.dtype:
+        raise TypeError(f"sddmm: expected one dtype, got {a.dtype} and {b.dtype}")
+    m, n = mask.matrix_shape
+    if a.shape[-2] != m or b.shape[-1] != n or a.shape[-1] != b.shape[-2]:
+        raise ValueError(
+            f"sddmm: expected a (..., {m}, K) and b (..., K, {n}) for a mask of {(m, n)}, got "
+            f"{tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    if mask.pattern_dims == 2:
+        return
+    lead = tuple(mask.shape[mask.dim() - mask.pattern_dims : -2])
+    outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    whole = torch.broadcast_shapes(outer, lead)
+    if tuple(whole[len(whole) - len(lead) :]) != lead:
+        raise ValueError(f"sddmm: leading dimensions {tuple(outer)} do not fit the mask's {lead}")
+
+
 def declines(layout: LayoutTensor, dense: Any) -> bool:
     """Whether a product of integers or complex numbers, which torch can do and no kernel here."""
     values = layout.stored_values
@@ -223,66 +299,3 @@ def add_bias(out: Tensor, bias: Tensor | None, size: int) -> Tensor:
     if bias.dtype != out.dtype:
         raise TypeError(f"linear: expected a bias of {out.dtype}, got {bias.dtype}")
     return out + bias
-
-
-def register_products(layout_class: type[LayoutTensor], family: Family) -> None:
-    """Registers the routes of `w @ x`, `x @ w` and `F.linear(x, w)` for a layout; the other faces
-    (`mm`, `bmm`, `addmm`, `einsum`, ...) are served by these.
-    """
-
-    def uses_of_layout_dense(input: Any, other: Tensor) -> Any:
-        if declines(input, other):
-            return NotImplemented
-        input, other = autocast(input, other)
-        check(input, other, -2, -1, "matmul")
-        return family.uses(input, other[:, None] if other.dim() == 1 else other)
-
-    @route(torch.matmul, input=layout_class, uses=uses_of_layout_dense)
-    def layout_times_dense(input: Any, other: Tensor) -> Any:
-        if declines(input, other):
-            return NotImplemented
-        input, other = autocast(input, other)
-        check(input, other, -2, -1, "matmul")
-        if other.dim() == 1:
-            return product(family, input, other[:, None])[..., 0]
-        return product(family, input, other)
-
-    def uses_of_dense_layout(input: Tensor, other: Any) -> Any:
-        if declines(other, input):
-            return NotImplemented
-        other, input = autocast(other, input)
-        check(other, input, -1, -2, "matmul")
-        flipped = family.transpose(other)
-        return family.uses(flipped, rows_as_columns(input, flipped))
-
-    @route(torch.matmul, other=layout_class, uses=uses_of_dense_layout)
-    def dense_times_layout(input: Tensor, other: Any) -> Any:
-        if declines(other, input):
-            return NotImplemented
-        other, input = autocast(other, input)
-        check(other, input, -1, -2, "matmul")
-        flipped = family.transpose(other)
-        if input.dim() == 1:
-            return product(family, flipped, input[:, None])[..., 0]
-        return from_the_right(family, input, flipped)
-
-    def uses_of_linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
-        if declines(weight, input):
-            return NotImplemented
-        weight, input = autocast(weight, input)
-        check(weight, input, -1, -1, "linear")
-        return family.uses(weight, rows_as_columns(input, weight))
-
-    @route(F.linear, weight=layout_class, uses=uses_of_linear)
-    def linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
-        if declines(weight, input):
-            return NotImplemented
-        weight, input, bias = autocast(weight, input, bias)
-        if weight.dim() != 2:
-            raise ValueError(f"linear: expected a 2-D weight, got shape {tuple(weight.shape)}")
-        check(weight, input, -1, -1, "linear")
-        if input.dim() == 1:
-            out = product(family, weight, input[:, None])[..., 0]
-        else:
-            out = from_the_right(family, input, weight)
-        return add_bias(out, bias, weight.matrix_shape[0])

@@ -1,7 +1,7 @@
 """`sl.bsr`:
 
-a block-sparse tensor from a dense one or from torch's own sparse tensors; `sparse_mask` onto any
-layout.
+a block-sparse tensor from a dense one, from another layout, from scipy's or torch's own sparse
+matrices; `sparse_mask` onto any layout.
 """
 
 from __future__ import annotations
@@ -14,16 +14,21 @@ from torch import Tensor
 
 from sparse_layouts.block_pattern import build_pattern, pattern_from_dense
 from sparse_layouts.bsr_tensor import BSRTensor, block_size_pair
+from sparse_layouts.conversions import into_blocks
+from sparse_layouts.csr_conversions import from_sparse_matrix
+from sparse_layouts.csr_tensor import CSCTensor, CSRTensor
 from sparse_layouts.dense_rows import dense_source, nonzero_blocks
 from sparse_layouts.dispatch import route
 from sparse_layouts.layout_autograd import sampled
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.mask_factories import Device
+from sparse_layouts.matrix_sources import is_scipy
 from sparse_layouts.sparsifiers import as_sparsifier
+from sparse_layouts.stored_entries import short
 
 
 def bsr(
-    dense_or_torch_sparse: Tensor | np.ndarray,
+    dense_or_torch_sparse: Any,
     block_size: int | tuple[int, int] | None = None,
     *,
     keep: Any = None,
@@ -34,14 +39,32 @@ def bsr(
 
     dense (*lead, M, N): a 2-D matrix, or one pattern for each leading index, e.g. (H, M, N); a
     numpy array, too, e.g. a `numpy.memmap`. `block_size`: int or (bm, bn), by default 32; it must
-    divide M and N. `keep` chooses among the blocks by their Frobenius norms: `sl.Magnitude(0.25)`
-    a quarter of them, over all leading indices together. Keeps the dtype; differentiable in a dense
-    argument. Besides the result memory is that of the norms and of a few block rows: the dense
-    tensor may be larger than the memory. A `torch.sparse_bsr` tensor keeps its own blocks, other
-    sparse tensors of torch are converted without densifying.
+    divide M and N. `keep` chooses among the blocks of a dense matrix by their Frobenius norms:
+    `sl.Magnitude(0.25)` a quarter of them, over all leading indices together. Keeps the dtype;
+    differentiable in a dense argument and in a layout. Besides the result memory is that of the
+    norms and of a few block rows: the dense tensor may be larger than the memory.
 
-    Raises `TypeError` for what is no tensor or a bool one and for a `keep` that is no sparsifier,
-    `ValueError` for sizes that the block does not divide, and for NaN where `keep` compares norms.
+    From what is sparse already, nothing is made dense: a block is stored where the source stores an
+    entry, be it 0.
+
+    From | what is stored | shares memory
+    ---|---|---
+    a dense tensor or numpy array | blocks with a non-zero (or NaN), or what `keep` keeps | no
+    a BSRTensor of these blocks | as it is | it is returned
+    another layout with values | blocks with a stored entry; one pattern for a batch | no
+    `torch.sparse_bsr`, sorted | its own blocks | values
+    `torch.sparse_bsc`, sorted | its own blocks, column by column | values
+    scipy BSR, sorted and unique | its own blocks | values, int32 lists
+    other blocks than `block_size`, other sparse matrices | blocks with a stored entry | no
+
+    `block_size=None` keeps a source's own blocks. Where memory is shared, a later change of the
+    source in place shows in the layout, and the other way round; `sl.bsr(source).clone()` has
+    values of its own. Values that numpy holds read-only are copied.
+
+    Raises `TypeError` for what is no matrix or has bool entries and for a `keep` that is no
+    sparsifier, `ValueError` for sizes that the block does not divide, for NaN where `keep` compares
+    norms, for `keep` with a source that is sparse already, and for a sparse tensor of torch that
+    requires gradient or has several matrices.
 
     >>> import torch, sparse_layouts as sl
     >>> sl.bsr(torch.eye(64), block_size=16)
@@ -50,16 +73,16 @@ def bsr(
     0.5
     """
     source = dense_source(dense_or_torch_sparse, "bsr")
+    if is_scipy(source) or (isinstance(source, Tensor) and not _is_dense(source)):
+        made = _from_sparse(source, block_size, keep)
+        return made if device is None else made.to(device)  # type: ignore[return-value]
     if not isinstance(source, Tensor):
         raise TypeError(
-            f"bsr: expected a dense or torch.sparse tensor, got {type(source).__name__}"
+            "bsr: expected a dense or torch.sparse tensor, a scipy matrix or a layout, got "
+            f"{type(source).__name__}"
         )
-    if isinstance(source, LayoutTensor):
-        source = source.to_dense()
     if device is not None:
         source = source.to(device)
-    if source.layout != torch.strided:
-        return _from_torch_sparse(source, block_size, keep)
     block = block_size_pair(32 if block_size is None else block_size, "bsr")
     _check_dense(source, block)
     if keep is None:
@@ -72,8 +95,12 @@ def bsr(
     return sampled(source, like)  # type: ignore[return-value]
 
 
-def _check_not_bool(dense: Tensor) -> None:
-    if dense.dtype == torch.bool:
+def _is_dense(source: Tensor) -> bool:
+    return source.layout == torch.strided and not isinstance(source, LayoutTensor)
+
+
+def _check_not_bool(source: Any) -> None:
+    if source.dtype in (torch.bool, np.dtype(bool)):
         raise TypeError(
             "bsr: expected values, got a bool tensor; sl.mask_from makes an exact mask of it"
         )
@@ -93,14 +120,40 @@ def _check_dense(dense: Tensor, block: tuple[int, int]) -> None:
         )
 
 
-def _from_torch_sparse(
-    source: Tensor, block_size: int | tuple[int, int] | None, keep: Any
-) -> BSRTensor:
+def _from_sparse(source: Any, block_size: int | tuple[int, int] | None, keep: Any) -> BSRTensor:
+    """A layout, a scipy matrix or a torch.sparse tensor."""
+    given = short(source) if isinstance(source, Tensor) else type(source).__name__
     if keep is not None:
         raise ValueError(
-            "bsr: keep= chooses blocks of a dense tensor; a sparse tensor has chosen already "
-            "(densify it first)"
+            f"bsr: keep= chooses blocks of a dense tensor; a sparse tensor has chosen already: "
+            f"{given} (densify it first)"
         )
+    _check_not_bool(source)
+    block = None if block_size is None else block_size_pair(block_size, "bsr")
+    if isinstance(source, BSRTensor) and block in (None, source.block_size):
+        return source
+    if isinstance(source, Tensor) and not isinstance(source, LayoutTensor):
+        _check_torch(source)
+    if not isinstance(source, LayoutTensor):
+        own = _own_blocks(source)
+        if own is not None and block in (None, own):
+            try:
+                return _from_blocks(source)
+            except ValueError as error:
+                raise ValueError(f"bsr: {str(error).removeprefix('bsr: ')}") from None
+        source = from_sparse_matrix(source, "bsr")
+    block = block or (32, 32)
+    (m, n), (bm, bn) = source.matrix_shape, block
+    if m % bm or n % bn:
+        padded = (-(-m // bm) * bm, -(-n // bn) * bn)
+        raise ValueError(
+            f"bsr: the block {block} does not divide the matrix {(m, n)} of {given}; pad it to "
+            f"{padded}, a scipy matrix with x.resize({padded})"
+        )
+    return into_blocks(source, block)
+
+
+def _check_torch(source: Tensor) -> None:
     if source.dim() != 2:
         raise ValueError(
             f"bsr: expected a sparse matrix, got shape {tuple(source.shape)}; convert each "
@@ -111,28 +164,50 @@ def _from_torch_sparse(
             "bsr: expected a sparse tensor without gradient, got one that requires it, which "
             "cannot be followed; pass the dense tensor, or source.detach()"
         )
-    _check_not_bool(source)
-    if source.layout != torch.sparse_bsr:
-        block = block_size_pair(32 if block_size is None else block_size, "bsr")
-        _check_dense(source, block)
-        if source.layout == torch.sparse_coo:
-            source = source.coalesce()
-        source = source.to_sparse_csr().to_sparse_bsr(block)
-    own = (source.values().shape[-2], source.values().shape[-1])
-    if block_size is not None and block_size_pair(block_size, "bsr") != own:
-        raise ValueError(
-            f"bsr: the tensor has blocks of {own}, not {block_size}; leave block_size out to "
-            f"keep them"
-        )
+
+
+def _own_blocks(source: Any) -> tuple[int, int] | None:
+    """The block size of a torch.sparse tensor or scipy matrix of blocks, None of others."""
+    if is_scipy(source):
+        return tuple(source.blocksize) if source.format == "bsr" else None
+    if source.layout in (torch.sparse_bsr, torch.sparse_bsc):
+        return source.values().shape[-2], source.values().shape[-1]
+    return None
+
+
+def _from_blocks(source: Any) -> BSRTensor:
+    """The blocks of a torch.sparse tensor or scipy matrix of blocks, on its memory."""
+    by_rows = True
+    if is_scipy(source):
+        matrix = source
+        if not matrix.has_canonical_format:
+            matrix = matrix.copy()
+            matrix.sum_duplicates()
+        stored = int(matrix.indptr[-1])  # scipy may have room for more
+        data = matrix.data[:stored]
+        data = data if data.flags.writeable else data.copy()  # the layout's values get written to
+        arrays = (matrix.indptr, matrix.indices[:stored], data)
+        crow, col, values = (dense_source(np.asarray(t), "bsr") for t in arrays)
+    elif source.layout == torch.sparse_bsr:
+        crow, col, values = source.crow_indices(), source.col_indices(), source.values()
+    else:
+        by_rows = False
+        crow, col, values = source.ccol_indices(), source.row_indices(), source.values().mT
+    (m, n), (bm, bn) = (int(size) for size in source.shape), values.shape[-2:]
+    # before anything is computed from lists that nobody may have checked
+    if by_rows:
+        CSRTensor.on_lists(None, crow, col, (m // bm, n // bn)).validate()
+    else:
+        CSCTensor.on_lists(None, crow, col, (m // bn, n // bm)).validate()
     pattern = build_pattern(
-        source.crow_indices()[None].int(),
-        source.col_indices().int(),
-        shape=(source.shape[0], source.shape[1]),
-        block_size=own,
+        crow[None].int(),
+        col.int(),
+        shape=(m, n) if by_rows else (n, m),
+        block_size=(bm, bn),
     )
-    made = BSRTensor.on_pattern(source.values().clone(), pattern)
+    made = BSRTensor.on_pattern(values, pattern)
     made.validate()
-    return made
+    return made if by_rows else made.transposed()
 
 
 @route(torch.Tensor.sparse_mask, mask=LayoutTensor)

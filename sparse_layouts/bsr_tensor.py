@@ -26,6 +26,7 @@ from sparse_layouts.block_values import (
 )
 from sparse_layouts.derived import derived, derived_bytes
 from sparse_layouts.layout_tensor import LayoutTensor
+from sparse_layouts.matrix_sources import scipy_data
 from sparse_layouts.pattern_checks import check_pattern
 
 if TYPE_CHECKING:
@@ -275,20 +276,23 @@ class BSRTensor(LayoutTensor):
         """A `scipy.sparse.bsr_array` (csr_array where the block does not divide the shape); nested
         lists over leading dimensions.
 
-        bfloat16, which scipy lacks, becomes float32.
+        On this tensor's memory, where blocks lie row by row, contiguous and on the CPU; else (a
+        transposed layout, a csr_array) a copy. bfloat16 and float16, which scipy lacks, become
+        float32. A mask becomes a bool array.
         """
         return self._each_matrix(self._one_scipy)
 
     def to_torch_sparse(self) -> Any:
-        """A `torch.sparse_bsr` tensor (CSR where the block does not divide the shape);
+        """A `torch.sparse_bsr` tensor (CSR where the block does not divide the shape); nested lists
+        over leading dimensions.
 
-        nested lists over leading dimensions.
+        On this tensor's memory where blocks lie row by row and contiguous; else (a transposed
+        layout, CSR) a copy. A mask becomes one of bool.
         """
         return self._each_matrix(self._one_torch)
 
     def _each_matrix(self, make: Any) -> Any:
         p = self.block_pattern
-        slots = slots_in_row_order(p)
         values = self.inner_values
         if values is None:
             values = _mask_values(p)
@@ -300,7 +304,12 @@ class BSRTensor(LayoutTensor):
             which = lead if p.head_map is None else int(p.head_map[lead])
             crow = p.crow_indices[which]
             first, last = int(crow[0]), int(crow[-1])
-            return make(crow - crow[0], p.col_indices[first:last], flat[b, slots[first:last]])
+            each = flat[b]
+            if p.row_slots is None:
+                each = each[first:last]
+            else:
+                each = each[p.row_slots[first:last].long()]
+            return make(crow - first if first else crow, p.col_indices[first:last], each)
 
         made = [one(b, h) for b in range(flat.shape[0]) for h in range(math.prod(p.lead))]
         return _nested(made, (*batch, *p.lead))
@@ -310,14 +319,12 @@ class BSRTensor(LayoutTensor):
 
         (m, n), (mb, nb) = self.block_pattern.shape, self.block_pattern.grid
         bm, bn = self.block_size
-        exact = values.float() if values.dtype == torch.bfloat16 else values
-        data, indices, indptr = (t.cpu().numpy() for t in (exact, col, crow))
+        data, indices, indptr = scipy_data(values), col.cpu().numpy(), crow.cpu().numpy()
+        size = (mb * bm, nb * bn)
         if not len(indices):
-            kind = (
-                scipy.sparse.bsr_array if (m, n) == (mb * bm, nb * bn) else scipy.sparse.csr_array
-            )
-            return kind((m, n), dtype=data.dtype)
-        made = scipy.sparse.bsr_array((data, indices, indptr), shape=(mb * bm, nb * bn))
+            made = scipy.sparse.bsr_array(size, blocksize=(bm, bn), dtype=data.dtype)
+        else:
+            made = scipy.sparse.bsr_array((data, indices, indptr), shape=size)
         if (m, n) == (mb * bm, nb * bn):
             return made
         cut = made.tocsr()[:m, :n]

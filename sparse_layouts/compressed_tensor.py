@@ -16,6 +16,7 @@ from torch import Tensor
 from sparse_layouts.csr_lists import densify, entry_rows, first_fault, gather, is_plain
 from sparse_layouts.derived import derived, derived_bytes
 from sparse_layouts.layout_tensor import LayoutTensor
+from sparse_layouts.matrix_sources import scipy_data
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -170,7 +171,7 @@ class CompressedTensor(LayoutTensor):
         """A `scipy.sparse.csr_array` (of a CSCTensor a csc_array) on this tensor's memory, where it
         is contiguous and on the CPU; nested lists over a batch.
 
-        bfloat16, which scipy lacks, becomes float32. A mask becomes a bool array.
+        bfloat16 and float16, which scipy lacks, become float32. A mask becomes a bool array.
         """
         return self._each_matrix(self._one_scipy)
 
@@ -188,10 +189,10 @@ class CompressedTensor(LayoutTensor):
     def _one_scipy(self, values: Tensor) -> Any:
         import scipy.sparse
 
-        exact = values.float() if values.dtype == torch.bfloat16 else values.contiguous()
         made = getattr(scipy.sparse, self.scipy_class)(self.matrix_shape, dtype=bool)
         # The constructor would make int32 of int64 indices that fit, which is a copy.
-        made.data, made.indptr, made.indices = (t.cpu().numpy() for t in (exact, *self.lists))
+        made.data = scipy_data(values.contiguous())
+        made.indptr, made.indices = (t.cpu().numpy() for t in self.lists)
         return made
 
     def _one_torch(self, values: Tensor) -> Tensor:

@@ -11,13 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_layouts.compressed_tensor import CompressedTensor
+from sparse_layouts.csr_conversions import (
+    check_dtype,
+    checked,
+    from_layout,
+    from_scipy,
+    from_torch,
+)
 from sparse_layouts.csr_lists import transposed_lists
 from sparse_layouts.csr_tensor import CSCTensor, CSRTensor
 from sparse_layouts.dense_rows import dense_source, row_chunks
-from sparse_layouts.layout_autograd import sampled, values_of, with_values
+from sparse_layouts.layout_autograd import sampled, with_values
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.mask_factories import Device
+from sparse_layouts.matrix_sources import is_scipy
 from sparse_layouts.sparsifiers import as_sparsifier
 from sparse_layouts.stored_entries import short
 
@@ -46,11 +53,12 @@ def csr(
     a CSRTensor / another layout | its stored entries | it is returned / no
 
     Where memory is shared, a later change of the source in place shows in the layout; lists must
-    then not be changed at all. `values` (*batch, S) may have values for every sample on one
-    pattern. Keeps the dtype. Differentiable in a dense argument, in `values` (which are then
-    copied) and in a layout. Contents are checked, which on a GPU is a host sync. A dense tensor is
-    read in chunks of rows: besides the result, memory is a chunk's, and with a sparsifier that sees
-    all at once a byte an entry. `device` is where the result goes.
+    then not be changed at all. Values that cannot be written to (read-only arrays) are copied.
+    `values` (*batch, S) may have values for every sample on one pattern. Keeps the dtype.
+    Differentiable in a dense argument, in `values` (which are then copied) and in a layout.
+    Contents are checked, which on a GPU is a host sync. A dense tensor is read in chunks of rows:
+    besides the result, memory is a chunk's, and with a sparsifier that sees all at once a byte an
+    entry. `device` is where the result goes.
 
     Raises `TypeError` for what is no matrix, bool entries, indices that are not int32 or int64 or
     lists without `shape`; `ValueError` for lists that are no CSR matrix of that shape, a dense
@@ -124,36 +132,19 @@ def _from_matrix(cls: type[C], what: str, source: Any, keep: Any) -> C:
             f"{what}: keep= chooses entries of a dense tensor; {_kind(source)} has chosen already "
             "(densify it first)"
         )
-    if _is_scipy(source):
-        return _from_scipy(cls, what, source)
+    if is_scipy(source):
+        return from_scipy(cls, what, source)
     if isinstance(source, LayoutTensor):
-        return _from_layout(cls, what, source)
+        return from_layout(cls, what, source)
     if not isinstance(source, Tensor):
         raise TypeError(
             f"{what}: expected a dense, scipy or torch.sparse matrix, got {type(source).__name__}"
         )
-    return _from_dense(cls, what, source, keep) if is_dense else _from_torch(cls, what, source)
+    return _from_dense(cls, what, source, keep) if is_dense else from_torch(cls, what, source)
 
 
 def _kind(source: Any) -> str:
     return type(source).__name__ if not isinstance(source, Tensor) else short(source)
-
-
-def _is_scipy(source: Any) -> bool:
-    # without importing scipy for everyone who has none at hand
-    if not type(source).__module__.startswith("scipy.sparse"):
-        return False
-    import scipy.sparse
-
-    return scipy.sparse.issparse(source)
-
-
-def _check_dtype(dtype: Any, what: str) -> None:
-    if dtype in (torch.bool, np.dtype(bool)):
-        raise TypeError(
-            f"{what}: expected values, got bool; a mask of these entries is "
-            f"sl.{what}(x.astype('float32') or x.float()).pattern"
-        )
 
 
 # --- lists ----------------------------------------------------------------------------------------
@@ -187,14 +178,13 @@ def _from_lists(
                 f"{what}: {name} are int32 or int64, got {t.dtype}; convert with .int()"
             )
         lists.append(t.detach().contiguous())
+    if isinstance(values, np.ndarray) and not values.flags.writeable:
+        values = values.copy()  # the layout's values get written to
     given = _tensor(values, f"{what}: values")
-    _check_dtype(given.dtype, what)
+    check_dtype(given.dtype, what)
     m, k = (int(s) for s in size)
     like = cls.on_lists(given.detach(), lists[0], lists[1], (m, k))
-    try:
-        like.validate()
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
+    checked(like, what)
     return with_values(like, given)  # type: ignore[return-value]
 
 
@@ -210,19 +200,11 @@ def _tensor(given: Any, what: str) -> Tensor:
     return given
 
 
-def _checked(made: C, what: str) -> C:
-    try:
-        made.validate()
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
-    return made
-
-
 # --- dense ----------------------------------------------------------------------------------------
 
 
 def _from_dense(cls: type[C], what: str, dense: Tensor, keep: Any) -> C:
-    _check_dtype(dense.dtype, what)
+    check_dtype(dense.dtype, what)
     if dense.dim() != 2:
         way_out = (
             "one pattern for all samples: x.sparse_mask(sl.csr(x.abs().amax(0)).pattern)"
@@ -278,96 +260,3 @@ def _entries(dense: Tensor, keep: Any, what: str) -> tuple[Tensor, Tensor, Tenso
     data = torch.cat([*values, dense.new_empty(0)])
     dtype = col.dtype if col.shape[0] <= torch.iinfo(torch.int32).max else torch.int64
     return crow.to(dtype), col.to(dtype), data
-
-
-# --- scipy and torch.sparse -----------------------------------------------------------------------
-
-
-def _from_scipy(cls: type[C], what: str, matrix: Any) -> C:
-    if matrix.ndim != 2:
-        raise ValueError(f"{what}: expected a matrix, got shape {tuple(matrix.shape)}")
-    _check_dtype(matrix.dtype, what)
-    made = matrix.asformat(what)  # itself where it is that; COO's duplicates are added up
-    if not made.has_canonical_format:
-        made = made.copy()
-        made.sum_duplicates()
-    size = int(made.indptr[-1])  # scipy may have room for more
-    offsets, indices = made.indptr, made.indices[:size]
-    if offsets.dtype != indices.dtype or offsets.dtype not in (np.int32, np.int64):
-        offsets, indices = offsets.astype(np.int64), indices.astype(np.int64)
-    values = dense_source(np.asarray(made.data[:size]), what)
-    compressed, columns = (dense_source(np.asarray(t), what) for t in (offsets, indices))
-    m, k = made.shape
-    return _checked(cls.on_lists(values, compressed, columns, (int(m), int(k))), what)
-
-
-def _from_torch(cls: type[C], what: str, source: Tensor) -> C:
-    if source.dim() != 2 or source.dense_dim():
-        raise ValueError(
-            f"{what}: expected a sparse matrix, got shape {tuple(source.shape)} with "
-            f"{source.dense_dim()} dense dimensions; convert each sample for itself"
-        )
-    if source.requires_grad:
-        raise ValueError(
-            f"{what}: expected a sparse tensor without gradient, got one that requires it, which "
-            "cannot be followed; pass the dense tensor, the values with their lists, or "
-            "source.detach()"
-        )
-    _check_dtype(source.dtype, what)
-    if source.layout in (torch.sparse_bsr, torch.sparse_bsc):
-        source = source.to_sparse()
-    if source.layout == torch.sparse_coo:
-        source = source.coalesce()
-    source = source.to_sparse_csr() if cls.by_rows else source.to_sparse_csc()
-    if cls.by_rows:
-        lists = (source.crow_indices(), source.col_indices())
-    else:
-        lists = (source.ccol_indices(), source.row_indices())
-    shape = (source.shape[0], source.shape[1])
-    return _checked(cls.on_lists(source.values(), *lists, shape), what)
-
-
-# --- layouts --------------------------------------------------------------------------------------
-
-
-def _from_layout(cls: type[C], what: str, source: LayoutTensor) -> C:
-    if isinstance(source, cls):
-        return source
-    if isinstance(source, CompressedTensor):
-        return recompressed(source)  # type: ignore[return-value]
-    if source.dim() != 2:
-        raise ValueError(
-            f"{what}: expected a matrix, got {short(source)}; convert each one for itself"
-        )
-    # A layout of numbers from 1 says which stored value is which entry, without densifying where
-    # the layout knows its way to scipy.
-    values = source.stored_values
-    if values is None:
-        ones: Any = source.to(torch.float32)
-        mask = _from_layout(cls, what, ones)
-        return mask.pattern
-    number = torch.arange(1, values.numel() + 1, dtype=torch.float64, device=values.device)
-    numbered = source.like_self(number.view(values.shape))
-    numbered.clear_unstored()
-    matrix = numbered.to_scipy()
-    matrix.eliminate_zeros()
-    found: Any = _from_scipy(cls, what, matrix).to(values.device)
-    which = found.inner_values
-    assert which is not None
-    picked = values_of(source).reshape(-1).index_select(0, which.long() - 1)
-    return with_values(found.like_self(picked.detach()), picked)  # type: ignore[return-value]
-
-
-def recompressed(layout: CompressedTensor) -> CompressedTensor:
-    """A CSRTensor as a CSCTensor of the same matrix, and the other way round; differentiable.
-
-    The values are copied into the other order. Its lists are kept with the pattern.
-    """
-    compressed, indices, order = transposed_lists(*layout.lists, layout.compressed_shape)
-    other = CSCTensor if layout.by_rows else CSRTensor
-    shape = layout.matrix_shape
-    if layout.inner_values is None:
-        return other.on_lists(None, compressed, indices, shape)
-    values = values_of(layout).index_select(-1, order)
-    like = other.on_lists(values.detach(), compressed, indices, shape)
-    return with_values(like, values)  # type: ignore[return-value]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_layouts.compressed_tensor import CompressedTensor
-from sparse_layouts.csr_factory import recompressed
+from sparse_layouts.csr_conversions import recompressed
 from sparse_layouts.csr_lists import places
 from sparse_layouts.dispatch import route
 

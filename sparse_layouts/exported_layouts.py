@@ -1,9 +1,9 @@
 """Layouts under torch.export: their inner tensors are taken out by an operator that is recorded.
 
-torch.export records operators on a module's parameters and buffers. An attribute, `w.inner_values`,
-is none: what is read by it while tracing would be kept as a constant, and the exported program would
-compute with the fake tensor of that moment. So, while exporting, a layout that is traced as one
-tensor is first put together again from `sparse_layouts::inner_tensor(w, 0)`, and so on.
+torch.export records operators on a module's parameters and buffers. Reading `w.inner_values` is
+none: it would be kept as a constant, and the exported program would compute with the fake tensor of
+that moment. So, while exporting, a layout that is traced as one tensor is first put together again
+from `sparse_layouts::inner_tensor(w, 0)`, and so on. An exported program is to be run, not trained.
 """
 
 from __future__ import annotations

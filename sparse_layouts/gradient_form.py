@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparse_layouts.dispatch import current, dense_bytes, facts_of, permit, record, restored
 from sparse_layouts.dispatch.faces import Function, canonical, name_of
-from sparse_layouts.layout_autograd import apply, as_layout, unwrapped
+from sparse_layouts.layout_autograd import apply, as_layout, for_pattern, unwrapped
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.optimizer_entries import called_by_optimizer
 from sparse_layouts.stored_entries import handles, pointwise, short
@@ -174,7 +174,7 @@ class OutputWithForm(torch.autograd.Function):
         _, ctx.form, ctx.what = inputs
         ctx.settings = current()
         ctx.is_layout = isinstance(output, LayoutTensor)
-        ctx.save_for_backward(*([output.detach()] if ctx.is_layout else []))
+        ctx.save_for_backward(*([for_pattern(output)] if ctx.is_layout else []))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -217,25 +217,24 @@ def add_gradients(func: Any, args: Any, kwargs: Any) -> Tensor:
     """`w + x` below autograd, which adds up the gradients that one tensor gets: of one pattern they
     keep the layout, else (of a dense leaf) the sum is dense.
     """
-    a: Any = args[0]
-    b: Any = args[1]
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or 0 in (a.dim(), b.dim()):
+    if any(not isinstance(t, Tensor) or t.dim() == 0 for t in args):
         return pointwise(func, args, kwargs)
-    both = isinstance(a, LayoutTensor) and isinstance(b, LayoutTensor)
+    layouts: list[Any] = [t for t in args if isinstance(t, LayoutTensor)]
+    both = len(layouts) == 2
     # of an optimizer's code an operand is its stored entries
-    if (both and a.same_pattern(b)) or called_by_optimizer():
+    if (both and layouts[0].same_pattern(layouts[1])) or called_by_optimizer():
         return pointwise(func, args, kwargs)
     if both and not torch.compiler.is_compiling():
-        what = "sum of gradients"
-        count = dense_bytes(a) + dense_bytes(b)
+        what, count = "sum of gradients", sum(map(dense_bytes, layouts))
+        names = " and ".join(map(short, layouts))
         permit(
-            f"{what}: {short(a)} and {short(b)} store different entries; their sum is dense.",
+            f"{what}: {names} store different entries; their sum is dense.",
             count,
-            a.device.type,
+            layouts[0].device.type,
             what,
         )
-        record(what, "dense fallback", facts_of(a), count)
-    dense = [t.to_dense_entries() if isinstance(t, LayoutTensor) else t for t in (a, b)]
+        record(what, "dense fallback", facts_of(layouts[0]), count)
+    dense = [t.to_dense_entries() if isinstance(t, LayoutTensor) else t for t in args]
     return func(*dense, **kwargs)
 
 

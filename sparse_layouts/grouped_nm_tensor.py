@@ -20,6 +20,7 @@ from sparse_layouts.grouped_nm_packing import (
 from sparse_layouts.layout_autograd import sampled
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.mask_factories import Device
+from sparse_layouts.matrix_sources import plain_matrix
 
 MAX_M = 16
 MAX_CHUNK = 2**15 - 1  # columns are kept as int16 within their chunk
@@ -164,6 +165,24 @@ class GroupedNMTensor(LayoutTensor):
         if inside is not None and self.inner_values is not None:
             self.inner_values.masked_fill_(~inside, 0)
 
+    def to_scipy(self) -> Any:
+        """A `scipy.sparse.csr_array` of the stored entries; nested lists over a batch.
+
+        bfloat16 and float16, which scipy lacks, become float32. A mask becomes a bool array.
+        """
+        return self._by_rows().to_scipy()
+
+    def to_torch_sparse(self) -> Any:
+        """A `torch.sparse_csr` tensor of the stored entries; nested lists over a batch. A mask
+        becomes one of bool.
+        """
+        return self._by_rows().to_torch_sparse()
+
+    def _by_rows(self) -> Any:
+        from sparse_layouts.csr_factory import csr
+
+        return csr(self.detach())
+
     @property
     def nnz(self) -> int:
         """Stored entries, of all samples; on the meta device with the room over the edge."""
@@ -226,13 +245,14 @@ class GroupedNMTensor(LayoutTensor):
             raise ValueError("values: what lies over the matrix's edge is not 0")
 
 
-def grouped_nm(dense: Tensor, n: int, m: int, g: int, *, device: Device = None) -> GroupedNMTensor:
+def grouped_nm(dense: Any, n: int, m: int, g: int, *, device: Device = None) -> GroupedNMTensor:
     """A GroupedNMTensor of a matrix: n of every m rows of a column, each choice of rows for g
     columns of every chunk of `C(m, n) * g`.
 
     dense (M, K), floating; sizes that m and the chunk do not divide are padded within the layout.
     Columns get their choices by descending magnitude (the sum of what is kept), greedily, each
-    choice g times. Keeps the dtype; differentiable in `dense`: what is kept gets its gradient.
+    choice g times. Also a numpy array, a layout, a `torch.sparse` matrix or a scipy one, which are
+    made dense. Keeps the dtype; differentiable in a tensor: what is kept gets its gradient.
 
     Raises `TypeError` for what is no floating matrix or no int, `ValueError` for n, m, g out of
     range, other dimensions, and NaN. Source: STen, https://arxiv.org/abs/2304.07613.
@@ -244,10 +264,7 @@ def grouped_nm(dense: Tensor, n: int, m: int, g: int, *, device: Device = None) 
     """
     what = "grouped_nm"
     _check_sizes(n, m, g, what)
-    if not isinstance(dense, Tensor):
-        raise TypeError(f"{what}: expected a tensor, got {type(dense).__name__}")
-    if isinstance(dense, LayoutTensor) or dense.layout != torch.strided:
-        dense = dense.to_dense()
+    dense = plain_matrix(dense, what)
     if not dense.dtype.is_floating_point:
         raise TypeError(f"{what}: expected a floating tensor, got {dense.dtype}")
     if dense.dim() != 2:

@@ -11,6 +11,15 @@ from torch._higher_order_ops import effects
 from sparse_layouts import opaque
 
 
+def being_traced() -> bool:
+    """Whether torch.compile or torch.export is at work: contents are unknown then.
+
+    Behind dynamo, where operators of its graph are traced one by one, `is_compiling` is True in
+    some versions of torch only.
+    """
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+
+
 def same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether both are one view of one storage: compiled code hands an index tensor back as another
     object.
@@ -60,7 +69,7 @@ def same_indices(ours: tuple[Tensor | None, ...], theirs: tuple[Tensor | None, .
     While torch.compile or torch.export traces, contents are unknown: tensors of equal shapes are
     taken to be the same, and the compiled code raises `ValueError` when it runs and they are not.
     """
-    if not torch.compiler.is_compiling():
+    if not being_traced():
         return all(same_index(a, b) for a, b in zip(ours, theirs, strict=True))
     unknown = []
     for a, b in zip(ours, theirs, strict=True):

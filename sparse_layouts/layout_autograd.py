@@ -81,7 +81,7 @@ class FromDense(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(inputs[1])
+        ctx.save_for_backward(for_pattern(inputs[1]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -149,6 +149,11 @@ def sampled(dense: Tensor, like: LayoutTensor) -> LayoutTensor:
     if differentiates(dense):
         return apply(FromDense, dense, like)
     return like.sample(dense)
+
+
+def for_pattern(layout: L) -> L:
+    """The layout as another tensor, saved for its pattern: it may be written to before backward."""
+    return layout if layout.stored_values is None else layout.like_self(layout.stored_values)
 
 
 def stored_part(grad: Tensor, like: LayoutTensor) -> Tensor:

@@ -14,10 +14,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from sparse_layouts import stored_copies  # noqa: F401  registers what is done below autograd
 from sparse_layouts.dispatch import Layout, call_route, fall_back
 from sparse_layouts.dispatch.fallback import densified, first_argument, layouts_in
 from sparse_layouts.exported_layouts import opened
 from sparse_layouts.index_identity import same_indices
+from sparse_layouts.matrix_sources import each_matrix, scipy_data
 from sparse_layouts.operators import Operators
 from sparse_layouts.optimizer_entries import called_by_optimizer, on_entries
 from sparse_layouts.stored_entries import handler_of, keeps_layout, short, writes_entries
@@ -220,25 +222,18 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
 
     def to_scipy(self) -> Any:
         """The matrix as `scipy.sparse.csr_array`, by way of the dense one unless the layout knows
-        better; 2-D only.
+        better; nested lists over leading dimensions.
         """
         import scipy.sparse
 
-        dense = self.to_dense_entries().detach().cpu()
-        if dense.dim() != 2:
-            raise ValueError(
-                f"to_scipy: expected a matrix, got shape {tuple(self.shape)}; convert each one "
-                f"for itself"
-            )
-        return scipy.sparse.csr_array(
-            dense.float().numpy() if dense.dtype == torch.bfloat16 else dense.numpy()
-        )
+        dense = self.to_dense_entries()
+        return each_matrix(dense, lambda one: scipy.sparse.csr_array(scipy_data(one)))
 
-    def to_torch_sparse(self) -> Tensor:
+    def to_torch_sparse(self) -> Any:
         """The matrix as a `torch.sparse_csr` tensor, by way of the dense one unless the layout
-        knows better.
+        knows better; nested lists over leading dimensions.
         """
-        return self.to_dense_entries().detach().to_sparse_csr()
+        return each_matrix(self.to_dense_entries().detach(), Tensor.to_sparse_csr)
 
     @property
     def nnz(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from sparse_layouts.block_pattern import (
     send,
 )
 from sparse_layouts.bsr_tensor import BSRTensor, block_size_pair
+from sparse_layouts.dense_rows import dense_source
+from sparse_layouts.layout_tensor import LayoutTensor
+from sparse_layouts.matrix_sources import is_scipy
 
 Device = torch.device | str | None
 
@@ -39,7 +43,7 @@ def square_block(block_size: object, what: str) -> int:
 
 
 def bsr_mask(
-    blocks: Tensor,
+    blocks: Any,
     block_size: int | tuple[int, int],
     *,
     shape: tuple[int, int] | None = None,
@@ -49,11 +53,13 @@ def bsr_mask(
     """A mask from a matrix of blocks: bool, or integer counts (how often a block counts in a
     softmax).
 
-    blocks (*lead, Mb, Nb), e.g. (H, Mb, Nb) for a pattern per head; equal heads are stored once.
+    blocks (*lead, Mb, Nb), a tensor or numpy array, e.g. (H, Mb, Nb) for a pattern per head; equal
+    heads are stored once.
     `shape` (M, N) in entries, by default (Mb * bm, Nb * bn), may cut the last blocks. `causal`
     removes, by token, what lies right of the diagonal from the upper left.
 
-    Raises `TypeError` for blocks that are neither bool nor integers, `ValueError` for negative
+    Raises `TypeError` for blocks that are neither bool nor integers and for what is not dense (a
+    mask of entries, in whatever layout, goes through `sl.mask_from`), `ValueError` for negative
     counts or a shape of other blocks.
 
     >>> import torch, sparse_layouts as sl
@@ -62,9 +68,13 @@ def bsr_mask(
     """
     what = "bsr_mask"
     bm, bn = block_size_pair(block_size, what)
-    if not isinstance(blocks, Tensor) or isinstance(blocks, BSRTensor):
+    blocks = dense_source(blocks, what)
+    known = isinstance(blocks, Tensor) and not isinstance(blocks, LayoutTensor)
+    if not known or blocks.layout != torch.strided:
+        kind = f"a tensor of {blocks.layout}" if known else type(blocks).__name__
         raise TypeError(
-            f"{what}: blocks is a dense tensor (*lead, Mb, Nb), got {type(blocks).__name__}"
+            f"{what}: blocks is a dense tensor (*lead, Mb, Nb), got {kind}; sl.mask_from takes a "
+            "mask of entries, x.to_dense() a sparse matrix of blocks"
         )
     if blocks.dtype.is_floating_point or blocks.dtype.is_complex:
         raise TypeError(
@@ -104,12 +114,17 @@ def bsr_mask(
 
 
 def mask_from(
-    dense_bool: Tensor, block_size: int | tuple[int, int], *, device: Device = None
+    dense_bool: Any, block_size: int | tuple[int, int], *, device: Device = None
 ) -> BSRTensor:
-    """The exact block mask of a dense bool mask (*lead, M, N): full blocks, and bit tiles for the
-    partial ones, each stored once.
+    """The exact block mask of a bool mask (*lead, M, N): full blocks, and bit tiles for the partial
+    ones, each stored once.
 
-    Raises `TypeError` for a mask that is not bool.
+    The mask is a dense tensor or numpy array, any mask layout (`sl.mask_from(w.pattern, 64)` is
+    that of a layout's stored entries), a scipy matrix or a `torch.sparse` tensor of bool; only what
+    is dense is read densely. A BSRTensor of these blocks is returned as it is, with its counts.
+
+    Raises `TypeError` for what is no mask or not bool, `ValueError` for a mask whose counts other
+    blocks could not keep, and for a vector.
 
     >>> import torch, sparse_layouts as sl
     >>> mask = sl.mask_from(torch.ones(40, 40, dtype=torch.bool).tril(), 16)
@@ -118,6 +133,14 @@ def mask_from(
     """
     what = "mask_from"
     bm, bn = block_size_pair(block_size, what)
+    dense_bool = dense_source(dense_bool, what)
+    is_tensor = isinstance(dense_bool, Tensor)
+    is_dense = is_tensor and dense_bool.layout == torch.strided
+    if is_scipy(dense_bool) or (is_tensor and not is_dense) or isinstance(dense_bool, LayoutTensor):
+        from sparse_layouts.conversions import mask_of
+
+        made = mask_of(dense_bool, (bm, bn), what)
+        return made if device is None else made.to(device)  # type: ignore[return-value]
     if not isinstance(dense_bool, Tensor) or dense_bool.dtype != torch.bool:
         kind = getattr(dense_bool, "dtype", type(dense_bool).__name__)
         raise TypeError(

@@ -214,12 +214,12 @@ def _block(path: PathLike, header: _MtxHeader, line: int, block: bytes, dtype: t
     each = np.diff(np.cumsum(starts)[text == ord("\n")], prepend=0)
     tokens, width = int(starts.sum()), header.numbers_a_line
     with warnings.catch_warnings():
-        warnings.simplefilter("error", DeprecationWarning)  # how numpy says: no number
+        warnings.simplefilter("error", DeprecationWarning)  # as numpy before 2.4 says: no number
         try:
             numbers: np.ndarray = np.fromstring(block if tokens else b"", dtype=dtype, sep=" ")
         except (DeprecationWarning, ValueError):
             _refuse_line(path, header, line, block)
-    # numpy reads "1-2" as two numbers, cuts what int64 cannot hold and calls 1e999 infinite
+    # numpy cuts what int64 cannot hold and calls 1e999 infinite
     wrong = numbers.size != tokens or bool(((each != 0) & (each != width)).any())
     if dtype is np.int64:
         limits = np.iinfo(np.int64)

@@ -3,8 +3,8 @@
 There a bool mask says which entries are *not* attended to, the opposite of
 `F.scaled_dot_product_attention`, and the modules turn it into an additive one, -inf where it is
 True, before anything else (`F._canonical_mask`). As a dense tensor that is the (N, N) matrix that
-the layout was to avoid. Here it stays a layout, :class:`AdditiveMask`, through the reshapes that the
-modules do, and arrives at attention as the mask of what is attended to: the block-sparse kernel.
+the layout was to avoid. Here it stays a layout, :class:`AdditiveMask`, through the reshapes that
+the modules do, and arrives at attention as the mask of what is attended to: the sparse kernel.
 
 What needs the dense scores (`need_weights=True`, a key padding mask beside it) takes the dense
 fallback. So does compiled code, where a caller cannot be looked at, and so does the comparison by
@@ -26,6 +26,7 @@ from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.derived import derived
 from sparse_layouts.dispatch import Layout, call_route, fall_back, route
 from sparse_layouts.layout_routes import if_taken
+from sparse_layouts.mask_algebra import complement_mask
 
 _FACTS = frozenset(
     {
@@ -83,7 +84,7 @@ class AdditiveMask(torch.Tensor, Layout):
         barred, pattern = self.barred, self.barred.block_pattern
         if pattern.block_counts is not None:
             return None
-        mask: BSRTensor = derived(pattern, "complement", lambda: ~barred)
+        mask = derived(pattern, "complement", lambda: complement_mask(barred))
         if barred.dim() == 2:
             return mask
         if barred.dim() != 3 or self.dim() != 4:
@@ -126,7 +127,7 @@ def made_by_attention_module() -> bool:
 
 
 def becomes_additive(input: BSRTensor, **options: Any) -> bool:
-    """Whether `zeros_like` of a mask is an attention module's first step towards an additive one."""
+    """Whether `zeros_like` of a mask is an attention module's first step to an additive one."""
     return set(options) == {"dtype"} and input.is_mask and made_by_attention_module()
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_layouts.dense_rows import dense_source, magnitudes, row_chunks
+from sparse_layouts.dense_rows import magnitudes, row_chunks
 from sparse_layouts.layout_autograd import differentiates, sampled
-from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.mask_factories import Device
+from sparse_layouts.matrix_sources import plain_matrix
+from sparse_layouts.nm_checks import check_nm
 from sparse_layouts.nm_packing import pack_positions, words_per_row
-from sparse_layouts.nm_tensor import NMTensor, check_nm
+from sparse_layouts.nm_tensor import NMTensor
 from sparse_layouts.selection import order_keys
 
 # Rows at a time: what is computed from so many bytes of the dense tensor stays in a CPU's cache
@@ -42,7 +43,7 @@ def nm(dense: Any, n: int, m: int, *, device: Device = None) -> NMTensor:
             [ 5.,  5.,  0.,  0.]])
     """
     check_nm(n, m, "nm")
-    source = _dense_tensor(dense)
+    source = plain_matrix(dense, "nm")
     if not source.dtype.is_floating_point or source.dtype.itemsize == 1:
         raise TypeError(
             f"nm: expected a matrix of float16, bfloat16, float32 or float64, got {source.dtype}; "
@@ -66,20 +67,6 @@ def nm(dense: Any, n: int, m: int, *, device: Device = None) -> NMTensor:
         return NMTensor.on_indices(values, indices, n=n, m=m, columns=columns, lead=lead)
     mask = NMTensor.on_indices(None, indices, n=n, m=m, columns=columns, lead=lead)
     return sampled(source, mask)  # type: ignore[return-value]
-
-
-def _dense_tensor(source: Any) -> Tensor:
-    """A plain strided tensor of what `sl.nm` takes."""
-    if not isinstance(source, Tensor) and hasattr(source, "todense") and hasattr(source, "tocsr"):
-        source = source.toarray()  # scipy's matrices and arrays alike
-    source = dense_source(source, "nm")
-    if not isinstance(source, Tensor):
-        raise TypeError(
-            f"nm: expected a tensor, a numpy array or a scipy matrix, got {type(source).__name__}"
-        )
-    if isinstance(source, LayoutTensor) or source.layout != torch.strided:
-        return source.to_dense()
-    return source
 
 
 def largest_of_groups(dense: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:

@@ -11,20 +11,17 @@ from torch import Tensor
 from sparse_layouts.bsr_tensor import _nested
 from sparse_layouts.derived import derived_bytes
 from sparse_layouts.layout_tensor import LayoutTensor
+from sparse_layouts.nm_checks import check_layout
 from sparse_layouts.nm_packing import (
     entry_columns,
     gather_entries,
-    pack_positions,
     scatter_entries,
     stored_places,
     unpack_positions,
-    words_per_row,
 )
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-MAX_M = 16
 
 
 class NMTensor(LayoutTensor):
@@ -271,7 +268,7 @@ class NMTensor(LayoutTensor):
         values = self.ones(torch.bool) if values is None else values.detach()
         batch = values.shape[: values.dim() - self.lead_dims - 2]
         rows, entries, patterns = self.rows, self.entries, math.prod(self.lead)
-        values = values.reshape(math.prod(batch), patterns, -1).to(device)
+        values = values.reshape(math.prod(batch), patterns, rows * entries).to(device)
         col = self.indices().view(patterns, -1).to(device)
         crow = torch.arange(rows + 1, dtype=torch.int32, device=device) * entries
         made = [
@@ -285,46 +282,4 @@ class NMTensor(LayoutTensor):
         """Checks every invariant of indices and values; raises `ValueError` that names the first
         broken one.
         """
-        check_nm(self.n, self.m, "NMTensor")
-        if self.axis not in (-1, -2):
-            raise ValueError(f"axis: expected -1 or -2, got {self.axis}")
-        indices, columns, values = self.inner_indices, self.columns, self.inner_values
-        if columns % self.m:
-            raise ValueError(f"shape: expected rows that m={self.m} divides, got {columns}")
-        rows, lead = self.matrix_shape[-3 - self.axis], self.lead
-        size = (math.prod(lead), rows, words_per_row(self.entries, self.m))
-        if indices.dtype != torch.int32 or tuple(indices.shape) != size:
-            raise ValueError(
-                f"indices: expected int32 of shape {size}, got {indices.dtype} of shape "
-                f"{tuple(indices.shape)}"
-            )
-        positions = self.positions()
-        if bool((positions >= self.m).any()):
-            raise ValueError(
-                f"indices: expected positions 0..{self.m - 1}, got {int(positions.max())}"
-            )
-        groups = positions.unflatten(-1, (columns // self.m, self.n))
-        if bool((groups[..., 1:] <= groups[..., :-1]).any()):
-            raise ValueError("indices: expected ascending positions within every group")
-        if not torch.equal(pack_positions(positions, self.m).view(size), indices):
-            raise ValueError("indices: expected unused bits of a word to be 0")
-        if values is None:
-            return
-        if tuple(values.shape[values.dim() - self.lead_dims - 2 :]) != (*lead, rows, self.entries):
-            raise ValueError(
-                f"values: expected (*batch, {', '.join(map(str, (*lead, rows, self.entries)))}), "
-                f"got {tuple(values.shape)}"
-            )
-        if values.device != indices.device:
-            raise ValueError(f"values are on {values.device}, the indices on {indices.device}")
-
-
-def check_nm(n: object, m: object, what: str) -> None:
-    """Raises unless n and m are ints with 1 <= n < m <= 16."""
-    for name, value in (("n", n), ("m", m)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{what}: {name} is an int, got {value!r}")
-    assert isinstance(n, int)
-    assert isinstance(m, int)
-    if not 1 <= n < m <= MAX_M:
-        raise ValueError(f"{what}: expected 1 <= n < m <= {MAX_M}, got n={n}, m={m}")
+        check_layout(self)

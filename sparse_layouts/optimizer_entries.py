@@ -28,6 +28,7 @@ from torch import Tensor
 from sparse_layouts.dispatch import Layout
 from sparse_layouts.dispatch.fallback import _LIBRARY as LIBRARY_FOLDERS
 from sparse_layouts.dispatch.fallback import layouts_in
+from sparse_layouts.index_identity import being_traced
 
 if TYPE_CHECKING:
     from sparse_layouts.layout_tensor import LayoutTensor
@@ -45,7 +46,7 @@ _FILLED = frozenset({torch.full_like, torch.ones_like, torch.rand_like, torch.ra
 
 def called_by_optimizer() -> bool:
     """Whether an optimizer's own code makes the call."""
-    if torch.compiler.is_compiling():
+    if being_traced():
         return traced_from_optimizer()
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:

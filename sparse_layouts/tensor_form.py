@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from sparse_layouts.layout_autograd import apply, stored_part, unwrapped
+from sparse_layouts.layout_autograd import apply, for_pattern, stored_part, unwrapped
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.sparsifier_protocol import Sparsifier, as_sparsifier
 from sparse_layouts.stored_entries import short
@@ -102,7 +102,7 @@ class IntoForm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(output.detach())
+        ctx.save_for_backward(for_pattern(output))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparse_layouts as sl
-from benchmarks import cpu, gpu, layouts
+from benchmarks import bigbird, cpu, gpu, layouts
 from benchmarks.__main__ import cells, main
 from benchmarks.timing import Row, WrongResult, check_error, selected
 from sparse_layouts.measuring import Timing
@@ -27,7 +27,7 @@ def test_quick_run_measures_every_row(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([*QUICK, "--out", str(tmp_path / "bench")]) == 0
     found = json.loads((tmp_path / "bench" / "benchmarks.json").read_text(encoding="utf-8"))
     assert [row["name"] for row in found["rows"]] != []
-    assert {row["name"] for row in found["rows"]} == {*cpu.NAMES, *layouts.NAMES}
+    assert {row["name"] for row in found["rows"]} == {*cpu.NAMES, *layouts.NAMES, *bigbird.NAMES}
     assert {"date", "commit", "versions", "devices", "threads", "load_average"} <= set(found)
     for row in found["rows"]:
         assert row["timing"]["median_s"] > 0, row["name"]

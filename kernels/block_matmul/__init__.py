@@ -21,11 +21,10 @@ from sparse_layouts.dispatch import (
     register_kernel,
     run,
 )
-from sparse_layouts.kernels import requirements
+from sparse_layouts.kernels import requirements, sddmm
 from sparse_layouts.kernels.block_matmul import reference
-from sparse_layouts.kernels.products import Family, broadcast_product, register_products
-from sparse_layouts.kernels.sddmm import sddmm_summed
-from sparse_layouts.layout_routes import transpose_layout
+from sparse_layouts.kernels.product_routes import register_products
+from sparse_layouts.kernels.products import Family, broadcast_product
 
 OP = "block_matmul"
 register_kernel(
@@ -86,10 +85,6 @@ def multiply(layout: BSRTensor, x: Tensor, transposed_output: bool = False) -> T
     return broadcast_product(values, 3, pattern.lead, pattern.shape[0], x, product_of_one)
 
 
-def _transpose(layout: BSRTensor) -> BSRTensor:
-    return transpose_layout(layout, -2, -1)
-
-
 def _uses(layout: BSRTensor, x: Tensor) -> list[Use]:
     assert layout.inner_values is not None
     own = facts(layout.inner_values, layout.block_size)
@@ -102,5 +97,13 @@ def _uses(layout: BSRTensor, x: Tensor) -> list[Use]:
     return uses
 
 
-FAMILY = Family(multiply, _transpose, sddmm_summed, _uses)
+def _uses_of_sample(a: Tensor, b: Tensor, mask: BSRTensor) -> list[Use]:
+    own = facts(a, mask.block_size)
+    uses = [Use("forward", sddmm.OP, own)]
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        uses.append(Use("gradients of a and b", OP, own))
+    return uses
+
+
+FAMILY = Family(multiply, sddmm.sample, _uses, _uses_of_sample)
 register_products(BSRTensor, FAMILY)

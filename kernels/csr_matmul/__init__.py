@@ -15,10 +15,10 @@ from torch import Tensor
 from sparse_layouts import opaque
 from sparse_layouts.compressed_tensor import CompressedTensor
 from sparse_layouts.dispatch import Facts, Use, facts_of, register_kernel, run
-from sparse_layouts.kernels import requirements
+from sparse_layouts.kernels import csr_sddmm, requirements
 from sparse_layouts.kernels.csr_matmul import reference
-from sparse_layouts.kernels.products import Family, broadcast_product, register_products
-from sparse_layouts.layout_routes import transpose_layout
+from sparse_layouts.kernels.product_routes import register_products
+from sparse_layouts.kernels.products import Family, broadcast_product
 
 OP = "csr_matmul"
 _HERE = "sparse_layouts.kernels.csr_matmul"
@@ -106,16 +106,6 @@ def multiply(layout: CompressedTensor, x: Tensor, transposed_output: bool = Fals
     return broadcast_product(values, 1, (), shape[1 if transposed else 0], x, product_of_one)
 
 
-def _transpose(layout: CompressedTensor) -> CompressedTensor:
-    return transpose_layout(layout, -2, -1)
-
-
-def _sampled(a: Tensor, b: Tensor, layout: CompressedTensor) -> CompressedTensor:
-    from sparse_layouts.kernels.csr_sddmm import sampled_and_summed
-
-    return sampled_and_summed(a, b, layout)
-
-
 def _uses(layout: CompressedTensor, x: Tensor) -> list[Use]:
     assert layout.inner_values is not None
     own = facts(layout.inner_values, x.shape[-1])
@@ -127,5 +117,12 @@ def _uses(layout: CompressedTensor, x: Tensor) -> list[Use]:
     return uses
 
 
-FAMILY = Family(multiply, _transpose, _sampled, _uses)
+def _uses_of_sample(a: Tensor, b: Tensor, mask: CompressedTensor) -> list[Use]:
+    uses = [Use("forward", csr_sddmm.OP, facts_of(a))]
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        uses.append(Use("gradients of a and b", OP, facts(a, a.shape[-1])))
+    return uses
+
+
+FAMILY = Family(multiply, csr_sddmm.sample, _uses, _uses_of_sample)
 register_products(CompressedTensor, FAMILY)

@@ -5,7 +5,6 @@ round, and a dense product at its stored entries, which is the gradient of its v
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,25 +13,15 @@ from sparse_layouts import opaque
 from sparse_layouts.dispatch import (
     Facts,
     Use,
-    current,
     facts_of,
     register_kernel,
-    restored,
-    route,
     run,
 )
 from sparse_layouts.grouped_nm_tensor import GroupedNMTensor
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.grouped_nm import reference
-from sparse_layouts.kernels.products import (
-    Family,
-    broadcast_product,
-    fold_summed,
-    product,
-    register_products,
-)
-from sparse_layouts.layout_autograd import apply, as_layout, differentiates, unwrapped
-from sparse_layouts.layout_routes import transpose_layout
+from sparse_layouts.kernels.product_routes import register_products
+from sparse_layouts.kernels.products import Family, broadcast_product
 
 OP, SDDMM = "grouped_nm_matmul", "grouped_nm_sddmm"
 for _op in (OP, SDDMM):
@@ -147,7 +136,8 @@ def multiply(layout: GroupedNMTensor, x: Tensor, transposed_output: bool = False
     return broadcast_product(values, 3, (), rows, x, product_of_one)
 
 
-def _sampled_product(a: Tensor, b: Tensor, mask: GroupedNMTensor) -> GroupedNMTensor:
+def sample(a: Tensor, b: Tensor, mask: GroupedNMTensor) -> GroupedNMTensor:
+    """`a @ b` at the mask's entries, without autograd."""
     if mask.axis == -1:  # (a b)' = b' a'
         a, b = b.mT, a.mT
     outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
@@ -161,59 +151,6 @@ def _sampled_product(a: Tensor, b: Tensor, mask: GroupedNMTensor) -> GroupedNMTe
     return mask.like_self(values.view(*outer, *values.shape[1:]))
 
 
-class GroupedNMSampled(torch.autograd.Function):
-    """`a @ b` at the entries that a grouped n:m mask stores."""
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor, mask: GroupedNMTensor) -> GroupedNMTensor:
-        return _sampled_product(a, b, mask)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(inputs[0], inputs[1], output)
-        ctx.settings = current()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        a, b, saved = ctx.saved_tensors
-        gradient = as_layout(grad, unwrapped(saved))
-        da = db = None
-        with restored(ctx.settings):
-            if ctx.needs_input_grad[0]:
-                da = product(FAMILY, gradient, b.mT).sum_to_size(a.shape)
-            if ctx.needs_input_grad[1]:
-                flipped = transpose_layout(gradient, -2, -1)
-                db = product(FAMILY, flipped, a, True).mT.sum_to_size(b.shape)
-        return da, db, None
-
-
-def _check_sampled(a: Any, b: Any, mask: GroupedNMTensor) -> None:
-    rows, cols = mask.matrix_shape
-    for name, t in (("a", a), ("b", b)):
-        if not isinstance(t, Tensor) or t.dim() < 2 or not t.dtype.is_floating_point:
-            raise TypeError(f"sddmm: {name} is a dense floating matrix, got {type(t).__name__}")
-        if t.device != mask.device:
-            raise ValueError(f"sddmm: {name} is on {t.device}, the mask on {mask.device}")
-    if a.dtype != b.dtype:
-        raise TypeError(f"sddmm: expected one dtype, got {a.dtype} and {b.dtype}")
-    if a.shape[-2] != rows or b.shape[-1] != cols or a.shape[-1] != b.shape[-2]:
-        raise ValueError(
-            f"sddmm: expected a (..., {rows}, K) and b (..., K, {cols}) for a mask of "
-            f"{(rows, cols)}, got {tuple(a.shape)} and {tuple(b.shape)}"
-        )
-
-
-def _sampled(a: Tensor, b: Tensor, mask: GroupedNMTensor) -> GroupedNMTensor:
-    if differentiates(a, b):
-        return apply(GroupedNMSampled, a, b, mask.detach())
-    return _sampled_product(a, b, mask)
-
-
-def _sampled_and_summed(a: Tensor, b: Tensor, layout: GroupedNMTensor) -> GroupedNMTensor:
-    a, b = fold_summed(a, b, tuple(layout.shape[:-2]))
-    return _sampled(a, b, layout)
-
-
 def _uses(layout: GroupedNMTensor, x: Tensor) -> list[Use]:
     assert layout.inner_values is not None
     own = facts(layout.inner_values, layout.n, layout.m)
@@ -225,32 +162,13 @@ def _uses(layout: GroupedNMTensor, x: Tensor) -> list[Use]:
     return uses
 
 
-FAMILY = Family(
-    multiply, lambda layout: transpose_layout(layout, -2, -1), _sampled_and_summed, _uses
-)
-register_products(GroupedNMTensor, FAMILY)
-
-
-def uses_of_sampled_addmm(
-    input: GroupedNMTensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1.0, alpha: float = 1.0
-) -> list[Use]:
-    """For `sl.explain`."""
-    _check_sampled(mat1, mat2, input)
-    own = facts(mat1, input.n, input.m)
+def _uses_of_sample(a: Tensor, b: Tensor, mask: GroupedNMTensor) -> list[Use]:
+    own = facts(a, mask.n, mask.m)
     uses = [Use("forward", SDDMM, own)]
-    if torch.is_grad_enabled() and (mat1.requires_grad or mat2.requires_grad):
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         uses.append(Use("gradients of a and b", OP, own))
     return uses
 
 
-@route(torch.sparse.sampled_addmm, input=GroupedNMTensor, uses=uses_of_sampled_addmm)
-def sampled_addmm(
-    input: Any, mat1: Tensor, mat2: Tensor, *, beta: float = 1.0, alpha: float = 1.0
-) -> Any:
-    """`sl.sddmm(a, b, w)` and `torch.sparse.sampled_addmm(w, a, b)`."""
-    _check_sampled(mat1, mat2, input)
-    out: Any = _sampled(mat1, mat2, input.pattern)
-    scaled = out if alpha == 1 else out * alpha
-    if beta == 0 or input.stored_values is None:
-        return scaled
-    return scaled + (input if beta == 1 else input * beta)
+FAMILY = Family(multiply, sample, _uses, _uses_of_sample)
+register_products(GroupedNMTensor, FAMILY)

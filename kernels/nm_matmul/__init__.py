@@ -14,11 +14,10 @@ from torch import Tensor
 
 from sparse_layouts import opaque
 from sparse_layouts.dispatch import Facts, Use, facts_of, register_kernel, run
-from sparse_layouts.kernels import requirements
+from sparse_layouts.kernels import nm_sddmm, requirements
 from sparse_layouts.kernels.nm_matmul import reference
-from sparse_layouts.kernels.nm_sddmm import sampled_and_summed
-from sparse_layouts.kernels.products import Family, broadcast_product, register_products
-from sparse_layouts.layout_routes import transpose_layout
+from sparse_layouts.kernels.product_routes import register_products
+from sparse_layouts.kernels.products import Family, broadcast_product
 from sparse_layouts.nm_tensor import NMTensor
 
 OP = "nm_matmul"
@@ -125,10 +124,6 @@ def multiply(layout: NMTensor, x: Tensor, transposed_output: bool = False) -> Te
     return broadcast_product(values, len(lead) + 2, lead, rows, x, product_of_one)
 
 
-def _transpose(layout: NMTensor) -> NMTensor:
-    return transpose_layout(layout, -2, -1)
-
-
 def _uses(layout: NMTensor, x: Tensor) -> list[Use]:
     values = layout.inner_values
     assert values is not None
@@ -144,5 +139,15 @@ def _uses(layout: NMTensor, x: Tensor) -> list[Use]:
     return uses
 
 
-FAMILY = Family(multiply, _transpose, sampled_and_summed, _uses)
+def _uses_of_sample(a: Tensor, b: Tensor, mask: NMTensor) -> list[Use]:
+    n, m, matrix, inner = mask.n, mask.m, (mask.rows, mask.columns), a.shape[-1]
+    uses = [Use("forward", nm_sddmm.OP, nm_sddmm.facts(a, n, m))]
+    for name, factor, transposed in (("a", a, mask.axis == -2), ("b", b, mask.axis == -1)):
+        if torch.is_grad_enabled() and factor.requires_grad:
+            own = facts(a, n, m, inner, matrix, transposed)
+            uses.append(Use(f"gradient of {name}", OP, own))
+    return uses
+
+
+FAMILY = Family(multiply, nm_sddmm.sample, _uses, _uses_of_sample)
 register_products(NMTensor, FAMILY)

@@ -36,7 +36,7 @@ def twins(layout: sl.LayoutTensor) -> tuple[Product, Product]:
     """A module with the layout, and its dense twin whose gradient is cut to what is stored."""
     dense = Product(layout.to_dense().contiguous())
     stored = torch.ones(layout.shape, dtype=layout.dtype).sparse_mask(layout).to_dense()
-    dense.weight.register_hook(lambda grad: grad * stored)
+    dense.weight.register_hook(lambda grad: grad * stored.to(grad.device))
     return Product(layout.clone()), dense
 
 

@@ -262,7 +262,7 @@ PRODUCTS: dict[str, tuple[Any, type, str]] = {
     "sddmm shape": (
         lambda: sl.sddmm(torch.ones(3, 2), torch.ones(2, 4), W),
         ValueError,
-        r"expected a \(\.\.\., 3, D\) and b \(\.\.\., D, 3\)",
+        r"expected a \(\.\.\., 3, K\) and b \(\.\.\., K, 3\)",
     ),
     "sddmm dtypes": (
         lambda: sl.sddmm(torch.ones(3, 2), torch.ones(2, 3).double(), W),

@@ -1,4 +1,4 @@
-"""`w[...]` of CSR and CSC layouts: values, masks, batches, memory, gradients; and masks combined."""
+"""`w[...]` of CSR and CSC layouts: values, batches, memory, gradients; and masks combined."""
 
 from __future__ import annotations
 

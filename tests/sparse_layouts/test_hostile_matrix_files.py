@@ -1,4 +1,4 @@
-"""`.smtx` and MatrixMarket files, cut off, lying or garbage: refused with the line and the field."""
+"""`.smtx` and MatrixMarket files, cut off, lying or garbage: refused, naming line and field."""
 
 from __future__ import annotations
 
