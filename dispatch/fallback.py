@@ -95,11 +95,10 @@ def permit(message: str, count: int, device: str, what: str) -> None:
         return
     frame = _user_frame()
     # once a call site, and again where somebody changed the filters (pytest.warns, catch_warnings)
-    seen = frame.f_globals.setdefault("__sparse_layouts_warned__", set())
-    key = (frame.f_lineno, what, id(warnings.filters))
-    if key in seen:
+    seen = frame.f_globals.setdefault("__sparse_layouts_warned__", {})
+    if seen.get((frame.f_lineno, what)) is warnings.filters:
         return
-    seen.add(key)
+    seen[frame.f_lineno, what] = warnings.filters
     warnings.warn_explicit(
         f"{message}\nDensifying costs {readable_bytes(count)} here; silence this with "
         f"sl.fallback('allow').",

@@ -28,9 +28,12 @@ class Facts(NamedTuple):
     `capability` is (0, 0) off CUDA, `triton` the installed version or () without one. What an op
     has not is 0: `block_size`, `head_dim`, `n_of_m` (of an n:m layout), `columns` (of the dense
     operand of a product, rounded up to a power of two, so that lengths do not make new choices),
-    `transposed` (whether an n:m product is one with the transpose of what is stored), `divisor`
+    `transposed` (whether an n:m or CSR product is one with the transpose of what is stored),
+    `row_entries` (of a CSR product, the mean of a row, rounded up to a power of two), `divisor`
     (the largest power of two up to 64 that divides both sizes of the layout's matrix).
-    `cusparselt`: whether torch has that library, False off CUDA.
+    `cusparselt`: whether torch has that library, False off CUDA. `deterministic`: whether
+    `torch.use_deterministic_algorithms` is set, told only by ops that have a kernel without that
+    promise.
     """
 
     device: str
@@ -44,6 +47,8 @@ class Facts(NamedTuple):
     transposed: bool = False
     divisor: int = 0
     cusparselt: bool = False
+    row_entries: int = 0
+    deterministic: bool = False
 
 
 Requires = Callable[[Facts], "str | None"]

@@ -140,7 +140,8 @@ def broadcast_product(
     A pattern's leading indices are its own: x expands to them, never the other way round.
     """
     width = len(lead)
-    batch, entries = values.shape[: values.dim() - entry_dims], values.shape[-entry_dims:]
+    batch: tuple[int, ...] = values.shape[: values.dim() - entry_dims]
+    entries = values.shape[-entry_dims:]
     outer = x.shape[:-2]
     k, n = x.shape[-2:]
     if not batch and not width:

@@ -66,9 +66,15 @@ def triton_attention(facts: Facts) -> str | None:
 # Columns of the dense operand from which another way of reading W wins. MKL's CSR product reads W
 # once, but computes slowly: 4096 x 4096 at 2:4 in fp32, two cores of an EPYC 9004, 2026-11-21.
 MKL_COLUMNS = 32
-# cuSPARSELt is for wide operands: at 16 columns it took 110 us where cuBLAS took 36 (8192 x 8192 in
-# bfloat16, one H200, November 2026).
-SEMI_STRUCTURED_COLUMNS = 512
+# cuSPARSELt is for wide operands: 4096 x 4096 in bfloat16 took it 30 us at 512 columns, where
+# cuBLAS took 24 on a dense matrix, and 134 us at 4096 columns, where cuBLAS took 174 (one H200,
+# 2026-11-21).
+SEMI_STRUCTURED_COLUMNS = 1024
+# From here on (17 columns, rounded up) it is worth writing W out densely for cuBLAS, which reads it
+# at the speed of memory: 4096 x 4096 at 2:4 in bfloat16 and 16 columns took the kernel that
+# expands in registers 30 us, cuBLAS 14; writing moves 50 MB, some 15 us; at 512 columns 164 and 24
+# us (one H200, 2026-11-21).
+EXPAND_COLUMNS = 32
 
 
 def cpu_mkl_nm(facts: Facts) -> str | None:
@@ -110,6 +116,16 @@ def semi_structured(facts: Facts) -> str | None:
     return None
 
 
+def triton_expand_nm(facts: Facts) -> str | None:
+    """As `triton_nm`, for columns that repay writing the matrix out densely in scratch memory."""
+    if facts.columns < EXPAND_COLUMNS:
+        return (
+            f"expands the matrix in scratch memory, for {EXPAND_COLUMNS} or more columns of the "
+            f"dense operand, not {facts.columns}"
+        )
+    return triton_nm(facts)
+
+
 def triton_nm(facts: Facts) -> str | None:
     """As `triton`, in fp16, bf16, fp32 or fp64."""
     if facts.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -141,8 +157,22 @@ def triton_csr(facts: Facts) -> str | None:
     return triton(facts)
 
 
+# Where cuSPARSE is the faster one: wide operands and short rows. Microseconds of ours and of it at
+# 512 columns, 4096 x 4096, one H200, 2026-11-21: density 0.01 (42 entries a row) 63 and 53 in bf16,
+# 66 and 54 in fp32; a power law (26) 62 and 40, 60 and 40; density 0.1 (411) 233 and 367, 324 and
+# 380.
+# One column: ours by 1.05 to 1.39 everywhere.
+CUSPARSE_COLUMNS = 128
+CUSPARSE_ROW_ENTRIES = 64
+
+
 def cusparse_csr(facts: Facts) -> str | None:
-    """An NVIDIA GPU, in fp16, bf16, fp32 or fp64; bf16 from compute capability 8.0."""
+    """An NVIDIA GPU, in fp16, bf16, fp32 or fp64; bf16 from compute capability 8.0.
+
+    Where Triton's kernel could take the call, only what cuSPARSE does faster: the stored matrix,
+    in fp16, bf16 or fp32, times many columns, with few entries a row. Its sums have no promised
+    order: not under `torch.use_deterministic_algorithms(True)`.
+    """
     if facts.device != "cuda":
         return f"works on cuda tensors, these are on {facts.device}"
     if facts.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -150,4 +180,22 @@ def cusparse_csr(facts: Facts) -> str | None:
     if facts.dtype == torch.bfloat16 and facts.capability < (8, 0):
         found = ".".join(map(str, facts.capability))
         return f"needs compute capability 8.0 or newer for bfloat16, found {found}"
+    if triton_csr(facts) is not None:
+        return None  # else there would be no kernel
+    if facts.deterministic:
+        return "promises no order of sums, and torch.use_deterministic_algorithms is set"
+    if facts.transposed:
+        return "is the faster one with the stored matrix, not with its transpose"
+    if facts.dtype == torch.float64:
+        return "is the faster one in float16, bfloat16 and float32, not in torch.float64"
+    if facts.columns < CUSPARSE_COLUMNS:
+        return (
+            f"is the faster one from {CUSPARSE_COLUMNS} columns of the dense operand, not with "
+            f"{facts.columns}"
+        )
+    if facts.row_entries > CUSPARSE_ROW_ENTRIES:
+        return (
+            f"is the faster one up to {CUSPARSE_ROW_ENTRIES} entries a row, not with "
+            f"{facts.row_entries}"
+        )
     return None

@@ -11,11 +11,11 @@ from torch import Tensor
 
 @functools.cache
 def _say_beta_once() -> None:
-    """Takes torch's warning that sparse CSR support is in beta, which it gives once a process:
-    whoever calls a layout's product has made no such tensor.
+    """Takes torch's warnings that sparse CSR support is in beta and (2.11) that invariants are not
+    checked, which it gives once a process: whoever calls a layout's product made no such tensor.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support")
+        warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
         torch.eye(1).to_sparse_csr()
 
 

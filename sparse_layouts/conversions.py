@@ -38,16 +38,21 @@ def distinct(keys: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     return found.nonzero()[:, 0], number[keys]
 
 
-def blocked(entries: Entries, block: tuple[int, int]) -> tuple[BlockPattern, Tensor]:
-    """The pattern of the blocks that hold an entry, all of them full, and (S,) int64: where every
-    entry lies in its values (nnzb, bm, bn), flattened.
+def blocked(entries: Entries, block: tuple[int, int]) -> tuple[BlockPattern, Tensor, Tensor]:
+    """The pattern of the blocks that hold an entry, all of them full, and of every entry, int64
+    (S,): which block, and where in the block's bm * bn entries.
     """
     (m, n), (bm, bn) = entries.shape, block
     mb, nb = -(-m // bm), -(-n // bn)
     patterns = entries.patterns
-    pattern, row = entries.rows.div(max(m, 1), rounding_mode="floor"), entries.rows % max(m, 1)
-    line = pattern * mb + row.div(bm, rounding_mode="floor")
-    keys = line * nb + entries.columns.div(bn, rounding_mode="floor")
+    # divisions are slow: one for every row and column, and the entries look them up
+    device = entries.rows.device
+    row, column = torch.arange(m, device=device), torch.arange(n, device=device)
+    line = torch.arange(patterns, device=device)[:, None] * mb + row.div(bm, rounding_mode="floor")
+    keys = (line * nb).flatten()[entries.rows]
+    keys += column.div(bn, rounding_mode="floor")[entries.columns]
+    inside = (row % bm * bn).repeat(patterns)[entries.rows]
+    inside += (column % bn)[entries.columns]
     cells, which = distinct(keys, patterns * mb * nb)
     lines = cells.div(max(nb, 1), rounding_mode="floor")
     ends = torch.nn.functional.pad(torch.bincount(lines, minlength=patterns * mb).cumsum(0), (1, 0))
@@ -60,7 +65,7 @@ def blocked(entries: Entries, block: tuple[int, int]) -> tuple[BlockPattern, Ten
         lead=entries.lead,
         head_map=entries.head_map,
     )
-    return made, which * (bm * bn) + row % bm * bn + entries.columns % bn
+    return made, which, inside
 
 
 def into_blocks(source: LayoutTensor, block: tuple[int, int]) -> BSRTensor:
@@ -68,9 +73,10 @@ def into_blocks(source: LayoutTensor, block: tuple[int, int]) -> BSRTensor:
     where the layout stores nothing.
     """
     entries = entries_of(source)
-    pattern, place = blocked(entries, block)
+    pattern, which, inside = blocked(entries, block)
     values = picked(source, entries)
     size = (pattern.num_blocks, *block)
+    place = which.mul_(math.prod(block)).add_(inside)
     room = values.new_zeros(*values.shape[:-1], math.prod(size))
     filled = room.index_copy(-1, place, values).view(*values.shape[:-1], *size)
     return with_values(BSRTensor.on_pattern(None, pattern), filled)  # type: ignore[return-value]
@@ -153,10 +159,9 @@ def _of_torch_mask(source: Tensor, what: str) -> Entries:
 
 def _tiled(entries: Entries, block: tuple[int, int]) -> BlockPattern:
     """The mask pattern of these entries: blocks that hold one, with bit tiles for partial ones."""
-    pattern, place = blocked(entries, block)
+    pattern, which, inside = blocked(entries, block)
     (m, n), (bm, bn), (mb, nb) = pattern.shape, block, pattern.grid
-    device, area = place.device, bm * bn
-    which, inside = place.div(area, rounding_mode="floor"), place % area
+    device, area = which.device, bm * bn
     # what lies over the edge is never read: a block of the edge is full without it
     rows = entry_rows(pattern.crow_indices, pattern.num_blocks) % max(mb, 1)
     edge = (rows == mb - 1).long() * 2 + (pattern.col_indices == nb - 1).long()

@@ -50,8 +50,10 @@ def csr(
     scipy, any other format | as given; duplicates are added up | no
     `torch.sparse_csr` | as given, zeros too | all three
     `torch.sparse` COO, CSC, BSR, BSC | as given; duplicates are added up | no
-    a CSRTensor / another layout | its stored entries | it is returned / no
+    a CSRTensor / another layout | its stored entries, zeros too | it is returned / no
 
+    Nothing sparse is made dense on the way (of a user's own layout, what its `to_scipy` does). A
+    mask layout becomes a mask, a batch on one pattern stays one.
     Where memory is shared, a later change of the source in place shows in the layout; lists must
     then not be changed at all. Values that cannot be written to (read-only arrays) are copied.
     `values` (*batch, S) may have values for every sample on one pattern. Keeps the dtype.
@@ -62,8 +64,9 @@ def csr(
 
     Raises `TypeError` for what is no matrix, bool entries, indices that are not int32 or int64 or
     lists without `shape`; `ValueError` for lists that are no CSR matrix of that shape, a dense
-    tensor that is not 2-D, NaN where `keep` compares, and a sparse tensor of torch that requires
-    gradient, which cannot be followed.
+    tensor that is not 2-D, NaN where `keep` compares, a layout with a pattern for every head, a
+    mask that counts blocks, and a sparse tensor of torch that requires gradient, which cannot be
+    followed.
 
     >>> import torch, sparse_layouts as sl
     >>> sl.csr(torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]))

@@ -100,13 +100,13 @@ class GroupedNMTensor(LayoutTensor):
         return self if self.inner_values is None else self.like_self(None)
 
     @property
-    def chunk(self) -> int:
+    def chunk_columns(self) -> int:
         """Columns of a chunk: C(m, n) * g."""
         return math.comb(self.m, self.n) * self.g
 
     def columns(self) -> Tensor:
         """int64 (Mb, S): the column of every slot; `cols` or more in the room over the edge."""
-        return absolute_columns(self.inner_columns, self.chunk)
+        return absolute_columns(self.inner_columns, self.chunk_columns)
 
     def values(self) -> Tensor:
         """(*batch, Mb, S, n): the kept entries of every slot, differentiable; shares memory.
@@ -215,7 +215,7 @@ class GroupedNMTensor(LayoutTensor):
     def validate(self) -> None:
         """Checks every invariant; raises `ValueError` that names the first broken one."""
         _check_sizes(self.n, self.m, self.g, "GroupedNMTensor")
-        columns, chunk = self.inner_columns, self.chunk
+        columns, chunk = self.inner_columns, self.chunk_columns
         blocks, chunks = -(-self.rows // self.m), -(-self.cols // chunk)
         if self.axis not in (-1, -2):
             raise ValueError(f"axis: expected -1 or -2, got {self.axis}")

@@ -75,7 +75,7 @@ def transpose_layout(input: Any, dim0: int, dim1: int) -> Any:
     if not torch.compiler.is_compiling():
         out._shares_values = True
         if not input.is_leaf:
-            input._shares_values = True  # type: ignore[attr-defined]
+            input._shares_values = True
     return out
 
 

@@ -101,7 +101,7 @@ def test_wrong_command_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 
 def test_list_names_rows_and_measures_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.splitlines() == cpu.NAMES
+    assert capsys.readouterr().out.splitlines() == [*cpu.NAMES, *layouts.NAMES, *bigbird.NAMES]
 
 
 @pytest.mark.parametrize("error", [1e-3, float("nan"), float("inf")])

@@ -104,7 +104,7 @@ def test_kernels_folder_is_no_regular_package() -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy: building in the checkout would reuse a stale build/lib."""
-    if importlib.util.find_spec("pip") is None:
+    if not has_distribution("pip"):  # finding its spec would replace distutils in this process
         pytest.skip("needs pip")
     version = importlib.metadata.version("setuptools") if has_distribution("setuptools") else "0"
     if int(version.split(".")[0]) < 77:

@@ -23,19 +23,35 @@ from sparse_layouts.kernels.products import Family, broadcast_product
 OP = "csr_matmul"
 _HERE = "sparse_layouts.kernels.csr_matmul"
 for _name, _function, _requires in (
-    ("triton", "triton_csr_matmul:csr_matmul", requirements.triton_csr),
     ("cusparse", "cusparse:csr_matmul", requirements.cusparse_csr),
+    ("triton", "triton_csr_matmul:csr_matmul", requirements.triton_csr),
     ("mkl", "cpu:csr_matmul_mkl", requirements.mkl_csr),
     ("cpu", "cpu:csr_matmul", requirements.cpu),
 ):
     register_kernel(OP, _name, f"{_HERE}.{_function}", _requires)
 
 
-def facts(values: Tensor, columns: int) -> Facts:
-    """What the choice of a kernel depends on; `columns` of the dense operand count by powers of
-    two.
+def facts(
+    values: Tensor, columns: int, entries: int, shape: tuple[int, int], transposed: bool
+) -> Facts:
+    """What the choice of a kernel depends on.
+
+    `columns` of the dense operand and the mean entries of a row of the result count by powers of
+    two; `entries` are those of the matrix of `shape` that is stored.
     """
-    return facts_of(values, columns=1 << (columns - 1).bit_length() if columns > 0 else 0)
+    rows = shape[1 if transposed else 0]
+    return facts_of(
+        values,
+        columns=_power_of_two(columns),
+        transposed=transposed,
+        row_entries=_power_of_two(-(-entries // max(1, rows))),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest that is not less, 0 of 0."""
+    return 1 << (size - 1).bit_length() if size > 0 else 0
 
 
 def _launch(
@@ -49,7 +65,7 @@ def _launch(
 ) -> Tensor:
     return run(
         OP,
-        facts(values, x.shape[-1]),
+        facts(values, x.shape[-1], values.shape[-1], shape, transposed),
         reference.csr_matmul,
         values.shape[0] * math.prod(shape) * values.element_size(),
         values.contiguous(),
@@ -106,12 +122,21 @@ def multiply(layout: CompressedTensor, x: Tensor, transposed_output: bool = Fals
     return broadcast_product(values, 1, (), shape[1 if transposed else 0], x, product_of_one)
 
 
+def _facts_with(
+    layout: CompressedTensor, values: Tensor, columns: int, flipped: bool = False
+) -> Facts:
+    """The facts of a product with the layout of such values, or with its transpose."""
+    entries, transposed = layout.lists[1].shape[0], layout.by_rows == flipped
+    return facts(values, columns, entries, layout.compressed_shape, transposed)
+
+
 def _uses(layout: CompressedTensor, x: Tensor) -> list[Use]:
     assert layout.inner_values is not None
-    own = facts(layout.inner_values, x.shape[-1])
+    own = _facts_with(layout, layout.inner_values, x.shape[-1])
     uses = [Use("forward", OP, own)]
     if torch.is_grad_enabled() and x.requires_grad:
-        uses.append(Use("gradient of the dense operand", OP, own))
+        back = _facts_with(layout, layout.inner_values, x.shape[-1], True)
+        uses.append(Use("gradient of the dense operand", OP, back))
     if torch.is_grad_enabled() and layout.requires_grad:
         uses.append(Use("gradient of the layout's values", "csr_sddmm", facts_of(x)))
     return uses
@@ -119,8 +144,10 @@ def _uses(layout: CompressedTensor, x: Tensor) -> list[Use]:
 
 def _uses_of_sample(a: Tensor, b: Tensor, mask: CompressedTensor) -> list[Use]:
     uses = [Use("forward", csr_sddmm.OP, facts_of(a))]
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        uses.append(Use("gradients of a and b", OP, facts(a, a.shape[-1])))
+    if torch.is_grad_enabled() and a.requires_grad:
+        uses.append(Use("gradient of a", OP, _facts_with(mask, a, a.shape[-1])))
+    if torch.is_grad_enabled() and b.requires_grad:
+        uses.append(Use("gradient of b", OP, _facts_with(mask, a, a.shape[-1], True)))
     return uses
 
 

@@ -37,6 +37,8 @@ def csr_matmul(
         crow, col, order = transposed_lists(crow, col, shape)
         values = values.index_select(1, order)
     matrices = [torch_csr(v, crow, col, (rows, inner)) for v in values.contiguous()]
+    if batch == 1 and not transposed_output:
+        return torch.mm(matrices[0], x[0])[None]
     for b, into in enumerate(out):
         into.copy_(torch.mm(matrices[b % len(matrices)], x[b % x.shape[0]]))
     return out

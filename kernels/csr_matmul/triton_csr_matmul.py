@@ -1,8 +1,8 @@
 """csr_matmul in Triton: one program a few pieces of rows, and a second pass over long rows.
 
-A row of more than :data:`PIECE` entries is cut into pieces, so that a few long rows among short
-ones (power laws) keep no program waiting. A piece's sum is stored on its own and the pieces of a
-row added up in order: no atomics, the same bits every time.
+A row of more entries than a piece takes is cut, and the longest pieces start first, so that a few
+long rows among short ones (power laws) keep no program waiting. A piece's sum is stored on its own
+and the pieces of a row added up in one order: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
@@ -20,18 +20,29 @@ from sparse_layouts.derived import derived
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES, kernel_signature
 
-# Entries of a row that one program takes at most.
-PIECE = 512
+# Measured on one H200, W 4096 x 4096 of uniform density 0.01 and 0.1 and of a power law (0.006),
+# 2026-11-21, before pieces were sorted by length and the entries of a step read ahead.
+# Entries of a piece: where rows have up to SHORT_ROWS entries on average, or more. Power law,
+# N = 512, fp32: 74.5 us at 256, 80.0 at 512; at 0.1 all rows fit into 512.
+SHORT_ROWS, SHORT_PIECE, LONG_PIECE = 128, 256, 512
 # (pieces of a tile, entries of a step, warps) by the columns of a tile: the widest tile that x's
-# columns fill, or the narrowest.
+# columns fill within TILE_BYTES of a row of x, or the narrowest. N = 512 in microseconds at 0.01,
+# 0.1 and the power law: bf16 128 x (1, 8, 2) 63, 233, 65, 64 x (1, 16, 2) 66, 248, 62; fp32
+# 73, 330, 66 and 66, 324, 60. 16 and 4 columns were not measured.
+TILE_BYTES = 256
 CONFIGS = {
-    128: (1, 16, 4),
+    128: (1, 8, 2),
     64: (1, 16, 2),
-    32: (2, 16, 2),
+    32: (1, 32, 1),
     16: (4, 16, 4),
     4: (8, 32, 4),
-    1: (16, 32, 4),
+    1: (1, 128, 1),
 }
+# A vector with rows of more than SHORT_ROWS entries: at 0.1 in fp32 11.1 us, (1, 128, 1) 12.2; at
+# 0.01 8.4 and 7.8.
+LONG_ROWS_VECTOR = (4, 64, 4)
+# (slots of a step, columns) of the second pass, the first whose columns x has, or the last.
+SECOND_TILES = ((4, 256), (32, 32))
 
 
 class Pieces(NamedTuple):
@@ -39,8 +50,9 @@ class Pieces(NamedTuple):
 
     `rows starts ends slots` (pieces,): a piece's row (the number of rows where there is no piece),
     its entries, and where in the buffer its sum belongs: -1 for the only piece of a row, which
-    belongs to the result. `long_rows first_slots counts` (at most S // (PIECE + 1),): the rows of
-    several pieces, likewise padded.
+    belongs to the result. `long_rows first_slots counts` (at most S // (piece + 1),): the rows of
+    several pieces, likewise padded. The longest pieces come first, by powers of two: among rows of
+    about equal length, neighbours stay neighbours.
     """
 
     rows: Tensor
@@ -53,39 +65,55 @@ class Pieces(NamedTuple):
     counts: Tensor
 
 
-def row_pieces(crow: Tensor, col: Tensor) -> Pieces:
-    """The pieces of all rows, in order; made once for a pattern and kept with it."""
+def row_pieces(crow: Tensor, col: Tensor, piece: int) -> Pieces:
+    """The pieces, of at most `piece` entries, of all rows; made once for a pattern and kept."""
 
     def build() -> Pieces:
         rows, entries = crow.shape[0] - 1, col.shape[0]
         lengths = crow.diff().long()
-        pieces = ((lengths + PIECE - 1) // PIECE).clamp(min=1)  # an empty row is written, too
+        pieces = ((lengths + piece - 1) // piece).clamp(min=1)  # an empty row is written, too
         ends = pieces.cumsum(0)
         first = torch.nn.functional.pad(ends - pieces, (0, 1))
-        each = torch.arange(rows + entries // PIECE, device=crow.device)
+        each = torch.arange(rows + entries // piece, device=crow.device)
         row = torch.searchsorted(ends, each, right=True)
-        start = crow[row] + (each - first[row]) * PIECE
-        end = torch.minimum(start + PIECE, crow[(row + 1).clamp(max=rows)])
+        start = crow[row] + (each - first[row]) * piece
+        end = torch.minimum(start + piece, crow[(row + 1).clamp(max=rows)])
+        start = torch.minimum(start, end)  # no piece: int32 would not hold it
         is_long = torch.nn.functional.pad(pieces > 1, (0, 1))
         of_long = is_long[row]
         slot = torch.where(of_long, of_long.cumsum(0) - 1, -1)
 
-        bound = entries // (PIECE + 1)
+        bound = entries // (piece + 1)
         order = torch.argsort(is_long.to(torch.int8), descending=True, stable=True)[:bound]
         long_rows = torch.where(is_long[order], order, rows)
         at = first[order].clamp(max=max(0, each.shape[0] - 1))
+        by_length = torch.frexp((end - start).float()).exponent
+        longest_first = torch.argsort(by_length, descending=True, stable=True)
         return Pieces(
-            row.int(),
-            start.to(crow.dtype),
-            end.to(crow.dtype),
-            slot.int(),
-            bound + entries // PIECE,
+            row[longest_first].int(),
+            start[longest_first].to(crow.dtype),
+            end[longest_first].to(crow.dtype),
+            slot[longest_first].int(),
+            bound + entries // piece,
             long_rows.int(),
             slot[at].int(),
             torch.nn.functional.pad(pieces, (0, 1))[order].int(),
         )
 
-    return derived((crow, col), ("csr_pieces", PIECE), build)
+    return derived((crow, col), ("csr_pieces", piece), build)
+
+
+@triton.jit
+def step_entries(
+    values_ptr, col_ptr, permutation_ptr, stride_values_s, start, end, e, TILE_E: tl.constexpr
+):
+    """The values, columns and presence of entries e .. e + TILE_E of each piece [TILE_P, TILE_E]"""
+    entry = start[:, None] + (e + tl.arange(0, TILE_E))[None, :]
+    mask_e = entry < end[:, None]
+    column = tl.load(col_ptr + entry, mask=mask_e, other=0).to(tl.int64)
+    if permutation_ptr is not None:
+        entry = tl.load(permutation_ptr + entry, mask=mask_e, other=0).to(tl.int64)
+    return tl.load(values_ptr + entry * stride_values_s, mask=mask_e, other=0.0), column, mask_e
 
 
 @triton.jit(do_not_specialize=["M", "pieces", "piece_tiles", "column_tiles", "num_slots"])
@@ -136,19 +164,21 @@ def csr_matmul_kernel(
 
     acc_type = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((TILE_P, TILE_E, TILE_N), dtype=acc_type)
-    for e in range(0, tl.max(end - start, 0), TILE_E):
-        entry = start[:, None] + (e + tl.arange(0, TILE_E))[None, :]
-        mask_e = entry < end[:, None]
-        column = tl.load(col_ptr + entry, mask=mask_e, other=0).to(tl.int64)
-        if permutation_ptr is not None:
-            entry = tl.load(permutation_ptr + entry, mask=mask_e, other=0).to(tl.int64)
-        v = tl.load(values_ptr + entry * stride_values_s, mask=mask_e, other=0.0)
+    v, column, mask_e = step_entries(
+        values_ptr, col_ptr, permutation_ptr, stride_values_s, start, end, 0, TILE_E
+    )
+    for e in range(TILE_E, tl.max(end - start, 0) + TILE_E, TILE_E):
         x = tl.load(
             x_columns + (column * stride_x_k)[:, :, None],
             mask=mask_e[:, :, None] & mask_n[None, None, :],
             other=0.0,
         )  # [TILE_P, TILE_E, TILE_N]
+        # The next step's entries come while this one's rows of x do: one wait a step, not two.
+        next_v, column, mask_e = step_entries(
+            values_ptr, col_ptr, permutation_ptr, stride_values_s, start, end, e, TILE_E
+        )
         acc += v.to(acc_type)[:, :, None] * x.to(acc_type)
+        v = next_v
     total = tl.sum(acc, 1)  # [TILE_P, TILE_N]
 
     mask = mask_p
@@ -177,6 +207,7 @@ def csr_long_rows_kernel(
     stride_out_batch,
     stride_out_m,
     stride_out_n,
+    TILE_S: tl.constexpr,
     TILE_N: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -190,11 +221,13 @@ def csr_long_rows_kernel(
     offs_n = (pid // num_long_rows) % column_tiles * TILE_N + tl.arange(0, TILE_N)
     mask_n = offs_n < N
     offs_n = offs_n.to(tl.int64)
-    sums = sums_ptr + (batch * num_slots + first) * N + offs_n
-    total = tl.zeros((TILE_N,), dtype=sums_ptr.dtype.element_ty)
-    for _ in range(0, count):
-        total += tl.load(sums, mask=mask_n, other=0.0)
-        sums += N
+    sums = sums_ptr + (batch * num_slots + first) * N + offs_n[None, :]
+    acc = tl.zeros((TILE_S, TILE_N), dtype=sums_ptr.dtype.element_ty)
+    for s in range(0, count, TILE_S):
+        slot = s + tl.arange(0, TILE_S)
+        mask = (slot < count)[:, None] & mask_n[None, :]
+        acc += tl.load(sums + slot.to(tl.int64)[:, None] * N, mask=mask, other=0.0)
+    total = tl.sum(acc, 0)  # [TILE_N]
     out = out_ptr + batch * stride_out_batch + row * stride_out_m + offs_n * stride_out_n
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_n)
 
@@ -234,8 +267,9 @@ def csr_matmul(
         x = x if x.stride(2) == 1 else x.contiguous()
     # Rows of the result are written whole; the other order is a copy of it.
     made = x.new_empty(batch, rows, columns) if transposed_output and columns > 1 else out
-    pieces = row_pieces(crow, col)
-    constexprs, options = _config(columns)
+    long_rows = col.shape[0] > SHORT_ROWS * rows
+    pieces = row_pieces(crow, col, LONG_PIECE if long_rows else SHORT_PIECE)
+    constexprs, options = _config(columns, x.element_size(), long_rows)
     accumulate = torch.promote_types(x.dtype, torch.float32)
     num_long_rows = pieces.long_rows.shape[0]
     sums = None
@@ -270,6 +304,8 @@ def csr_matmul(
             **options,
         )
         if sums is not None:
+            second = _second_config(columns)
+            column_tiles = triton.cdiv(columns, second["TILE_N"])
             csr_long_rows_kernel[(num_long_rows * column_tiles * batch,)](
                 made,
                 sums,
@@ -282,7 +318,7 @@ def csr_matmul(
                 column_tiles,
                 pieces.num_slots,
                 *made.stride(),
-                TILE_N=constexprs["TILE_N"],
+                **second,
                 num_warps=1,
             )
     return out if made is out else out.copy_(made)
@@ -292,14 +328,16 @@ def compilations() -> Iterator[Compilation]:
     """Every configuration: columns, dtypes, index dtypes, long rows, permuted values."""
     for columns in CONFIGS:
         for dtype in DTYPE_NAMES:
-            yield _compilation(dtype, columns, "i32")
+            if columns == 1 or columns * dtype.itemsize <= TILE_BYTES:
+                yield _compilation(dtype, columns, "i32")
     yield _compilation(torch.bfloat16, 128, "i64")
     yield _compilation(torch.bfloat16, 128, "i32", permuted=True)
-    yield _compilation(torch.bfloat16, 128, "i32", long_rows=False)
+    yield _compilation(torch.bfloat16, 128, "i32", short=True)
     yield _compilation(torch.float32, 1, "i64", permuted=True)
+    yield _compilation(torch.float32, 1, "i32", long_rows=True)
     for dtype, name in DTYPE_NAMES.items():
-        for columns in (128, 1):
-            constexprs = {"TILE_N": columns, "stride_out_n": 1}
+        for _, columns in SECOND_TILES:
+            constexprs = {**_second_config(columns), "stride_out_n": 1}
             pointers = {"out_ptr": f"*{name}", "sums_ptr": _accumulator(dtype)}
             yield Compilation(
                 f"csr_long_rows[{name},{columns}]",
@@ -310,11 +348,22 @@ def compilations() -> Iterator[Compilation]:
             )
 
 
-def _config(columns: int) -> tuple[dict[str, Any], dict[str, int]]:
+def _config(
+    columns: int, element_bytes: int, long_rows: bool
+) -> tuple[dict[str, Any], dict[str, int]]:
     """The constant arguments and the launch options."""
-    tile_n = next((size for size in CONFIGS if size <= columns), min(CONFIGS))
-    tile_p, tile_e, warps = CONFIGS[tile_n]
+    most = min(columns, TILE_BYTES // element_bytes)
+    tile_n = next((size for size in CONFIGS if size <= most), min(CONFIGS))
+    config = LONG_ROWS_VECTOR if long_rows and tile_n == 1 else CONFIGS[tile_n]
+    tile_p, tile_e, warps = config
     return {"TILE_P": tile_p, "TILE_E": tile_e, "TILE_N": tile_n}, {"num_warps": warps}
+
+
+def _second_config(columns: int) -> dict[str, int]:
+    """The second pass's constant arguments."""
+    fitting = (tile for tile in SECOND_TILES if tile[1] <= columns)
+    tile_s, tile_n = next(fitting, SECOND_TILES[-1])
+    return {"TILE_S": tile_s, "TILE_N": tile_n}
 
 
 def _accumulator(dtype: torch.dtype) -> str:
@@ -327,19 +376,20 @@ def _compilation(
     index: str,
     *,
     permuted: bool = False,
-    long_rows: bool = True,
+    short: bool = False,
+    long_rows: bool = False,
 ) -> Compilation:
     name = DTYPE_NAMES[dtype]
-    constexprs, options = _config(columns)
+    constexprs, options = _config(columns, dtype.itemsize, long_rows)
     constexprs |= {"stride_x_n": 1, "stride_out_n": 1}
     if not permuted:
         constexprs |= {"permutation_ptr": None, "stride_values_s": 1}
-    if not long_rows:
+    if short:
         constexprs["sums_ptr"] = None
     pointers = dict.fromkeys(("out_ptr", "values_ptr", "x_ptr"), f"*{name}")
     lists = ("col_ptr", "permutation_ptr", "piece_starts_ptr", "piece_ends_ptr")
     pointers |= {"sums_ptr": _accumulator(dtype)} | dict.fromkeys(lists, f"*{index}")
-    parts = [name, str(columns), index, "permuted" * permuted, "" if long_rows else "short"]
+    parts = [name, str(columns), index, "permuted" * permuted, "short" * short, "long" * long_rows]
     return Compilation(
         f"csr_matmul[{','.join(part for part in parts if part)}]",
         csr_matmul_kernel,

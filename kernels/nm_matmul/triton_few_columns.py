@@ -26,8 +26,13 @@ from sparse_layouts.kernels.nm_matmul.triton_common import (
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES, kernel_signature
 
 # (rows of a tile, groups of a step, warps), the most rows first. Every thread has one group of all
-# the tile's rows, so that an entry of x is loaded once for them.
-CONFIGS = [(16, 128, 4), (8, 128, 4), (4, 128, 4)]
+# the tile's rows, so that an entry of x is loaded once for them. One H200, 2:4 in bfloat16,
+# 2026-11-21, microseconds: 4 columns, 4096 x 4096: 23.2 with 8 rows, 34.3 with 4; 8192 x 8192:
+# 83.0 and 100.8.
+CONFIGS = [(8, 128, 4), (4, 128, 4)]
+# For one column and a row of at least this many groups; the same GPU and day: 4096 x 4096: 15.1,
+# with (8, 128, 4) 17.2; 8192 x 8192: 49.7, with (8, 128, 4) 51.0, with (16, 128, 4) 76.8.
+CONFIG_OF_ONE = (4, 512, 4)
 # Sums that a thread keeps, one for every row and column: past so many they leave the registers.
 MOST_SUMS = 32
 # Past so many columns the multiplications take longer than the tensor cores'.
@@ -129,6 +134,8 @@ def nm_few_columns(
     read = values if pairs is None else pairs
     width = triton.next_power_of_2(columns)
     fitting = [c for c in CONFIGS if c[0] * width <= MOST_SUMS] or CONFIGS[-1:]
+    if columns == 1 and values.shape[3] // n >= CONFIG_OF_ONE[1]:
+        fitting = [CONFIG_OF_ONE]
     enough = 2 * processors(x.device)
     tile_m, groups_a_step, warps = next(
         (c for c in fitting if batch * patterns * triton.cdiv(rows, c[0]) >= enough), fitting[-1]
@@ -172,6 +179,7 @@ def processors(device: torch.device) -> int:
 
 def compilations() -> Iterator[Compilation]:
     """Every configuration: rows, columns, dtypes, n:m, entries that are not paired."""
+    yield _compilation(torch.bfloat16, 2, 4, CONFIG_OF_ONE, 1)
     for config in CONFIGS:
         for columns in (1, 2, 4, 8):
             if config[0] * columns > MOST_SUMS:
@@ -179,7 +187,7 @@ def compilations() -> Iterator[Compilation]:
             yield _compilation(torch.bfloat16, 2, 4, config, columns)
     for dtype in DTYPE_NAMES:
         if dtype != torch.bfloat16:
-            yield _compilation(dtype, 2, 4, CONFIGS[0], 1)
+            yield _compilation(dtype, 2, 4, CONFIG_OF_ONE, 1)
         yield _compilation(dtype, 2, 4, CONFIGS[0], 2, paired=False)
     for n, m in COMPILED_NM[1:]:
         if takes(1, n, m):
@@ -206,7 +214,7 @@ def _compilation(
     pointers = dict.fromkeys(("out_ptr", "values_ptr", "x_ptr"), f"*{name}")
     if paired:
         pointers["values_ptr"] = "*i32"
-    parts = [f"{n}:{m}", name, str(config[0]), str(columns), "paired" if paired else ""]
+    parts = [f"{n}:{m}", name, f"{config[0]}x{config[1]}", str(columns), "paired" * paired]
     return Compilation(
         f"nm_few_columns[{','.join(part for part in parts if part)}]",
         nm_few_columns_kernel,

@@ -24,8 +24,12 @@ from sparse_layouts.nm_tensor import NMTensor
 
 OP = "nm_sddmm"
 _HERE = "sparse_layouts.kernels.nm_sddmm"
-register_kernel(OP, "triton", f"{_HERE}.triton_nm_sddmm:nm_sddmm", requirements.triton_nm)
-register_kernel(OP, "cpu", f"{_HERE}.cpu:nm_sddmm", requirements.cpu)
+for _name, _function, _requires in (
+    ("triton_dense", "triton_dense:nm_sddmm_in_scratch_memory", requirements.triton_nm),
+    ("triton", "triton_nm_sddmm:nm_sddmm", requirements.triton_nm),
+    ("cpu", "cpu:nm_sddmm", requirements.cpu),
+):
+    register_kernel(OP, _name, f"{_HERE}.{_function}", _requires)
 
 
 def facts(a: Tensor, n: int, m: int) -> Facts:

@@ -115,9 +115,10 @@ class CSRCase:
 
     def case(self, op: str) -> Case:
         """This case for one op."""
-        more = {}
+        more: dict[str, Any] = {}
         if op == "csr_matmul":
-            more["columns"] = matmul_facts(torch.zeros(0), self.width).columns
+            facts = matmul_facts(torch.zeros(0), self.width, 0, self.shape, self.transposed)
+            more = {"columns": facts.columns, "transposed": facts.transposed}
         return Case(self.name, getattr(self, _BUILDERS[op]), self.small, more)
 
 
@@ -158,6 +159,10 @@ MATMUL = [
     CSRCase("one_operand", (33, 47), batch=3, share_dense=True, width=130),
     CSRCase("one_operand_expanded", (33, 47), batch=3, dense="expand_0"),
     CSRCase("batch_0_shared", (9, 12), batch=0, share=True, small=True),
+    CSRCase("wide_int64", (33, 47), width=130, index=torch.int64, dense="mT", values="step"),
+    CSRCase("wide_none", (9, 12), "none", width=130),
+    CSRCase("wide_one_matrix", (33, 47), width=130, batch=3, share=True, dense="step"),
+    CSRCase("wide_flip", (33, 47), width=130, batch=2, flip=True, dense="mT"),
 ]
 SOFTMAX = [
     CSRCase("log", (33, 47), batch=2, log=True, small=True),

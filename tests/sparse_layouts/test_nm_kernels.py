@@ -5,6 +5,7 @@ run with a stand-in for the library.
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -85,7 +86,7 @@ SEMI_STRUCTURED: dict[str, tuple[dict[str, object], str]] = {
     "n:m": ({"n_of_m": (1, 4)}, "takes 2:4, not 1:4"),
     "dtype": ({"dtype": torch.float32}, "takes float16 and bfloat16, not torch.float32"),
     "transposed": ({"transposed": True}, "not its transpose"),
-    "columns": ({"columns": 16}, "512 or more columns of the dense operand, not 16"),
+    "columns": ({"columns": 16}, "1024 or more columns of the dense operand, not 16"),
     "sizes": ({"divisor": 32}, "sizes 64 divides, here it is 32"),
     "capability": ({"capability": (7, 5)}, "capability 8.0 or newer, found 7.5"),
     "library": ({"cusparselt": False}, "needs cuSPARSELt"),
@@ -94,7 +95,19 @@ SEMI_STRUCTURED: dict[str, tuple[dict[str, object], str]] = {
 
 def test_semi_structured_is_chosen_for_wide_operands() -> None:
     assert choose("nm_matmul", on_gpu()).name == "semi_structured"
-    assert choose("nm_matmul", on_gpu(columns=256)).name == "triton"
+    assert choose("nm_matmul", on_gpu(columns=512)).name == "triton_expand"
+
+
+def test_which_columns_are_expanded_in_scratch_memory() -> None:
+    for columns, transposed in itertools.product((1, 16, 32, 8192), (False, True)):
+        own = on_gpu(columns=columns, transposed=transposed, n_of_m=(1, 4))
+        expected = "triton" if columns < 32 else "triton_expand"
+        assert choose("nm_matmul", own).name == expected
+    reason = verdicts("nm_matmul", on_gpu(columns=16))[1].reason
+    assert reason == (
+        "expands the matrix in scratch memory, for 32 or more columns of the dense operand, not 16"
+    )
+    assert choose("nm_sddmm", on_gpu()).name == "triton_dense"
 
 
 @pytest.mark.parametrize("name", SEMI_STRUCTURED)
