@@ -19,6 +19,8 @@ endif
 # pytest-xdist is optional where nothing is installed.
 PARALLEL = $$($(PY) -c 'import importlib.util as u; print("-n $(JOBS)" if u.find_spec("xdist") else "")')
 TRITON_OLD := build/triton-$(OLDEST_TRITON)
+# `make test-aot SELECT=sm90` compiles for one architecture.
+SELECTED = $(if $(SELECT),-k "$(SELECT)")
 
 .PHONY: help demo info test test-gpu test-aot lint format bench clean
 .DEFAULT_GOAL := help
@@ -45,12 +47,12 @@ test-gpu: $(INSTALLED) ## run the tests that need a CUDA device
 
 ifneq ($(strip $(VENV)),)
 test-aot: $(INSTALLED) $(TRITON_OLD)/.installed ## compile every kernel without a GPU, under two Tritons
-	env -u TRITON_INTERPRET $(PY) -m pytest tests $(PARALLEL) -m "aot or aot_all"
+	env -u TRITON_INTERPRET $(PY) -m pytest tests $(PARALLEL) -m "aot or aot_all" $(SELECTED)
 	env -u TRITON_INTERPRET PYTHONPATH=$(CURDIR)/$(TRITON_OLD) \
-	    $(PY) -m pytest tests $(PARALLEL) -m "aot or aot_all" --expect-triton=$(OLDEST_TRITON)
+	    $(PY) -m pytest tests $(PARALLEL) -m "aot or aot_all" $(SELECTED) --expect-triton=$(OLDEST_TRITON)
 else
 test-aot:
-	env -u TRITON_INTERPRET $(PY) -m pytest tests $(PARALLEL) -m "aot or aot_all"
+	env -u TRITON_INTERPRET $(PY) -m pytest tests $(PARALLEL) -m "aot or aot_all" $(SELECTED)
 	@echo "only the installed Triton was used: VENV= installs no other"
 endif
 

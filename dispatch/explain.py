@@ -25,9 +25,9 @@ class OpPlan(NamedTuple):
 
 
 class Explanation:
-    """What a call will do:
+    """What a call will do, as something that prints itself.
 
-    `.route`, `.ops`, `.kernel` (the forward's, or "dense fallback"), `.dense_bytes`; prints itself.
+    `.route`, `.ops`, `.kernel` (the forward's, or "dense fallback"), `.dense_bytes`.
     """
 
     def __init__(
@@ -48,9 +48,8 @@ class Explanation:
 
     @property
     def kernel(self) -> str:
-        """The name of the forward's kernel;
-
-        "dense fallback" without one, "" for a route that runs no op.
+        """The name of the forward's kernel, "dense fallback" without one, "" for a route that runs
+        no op.
         """
         if self.missing:
             return "dense fallback"

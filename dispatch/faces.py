@@ -20,9 +20,8 @@ Function = Callable[..., Any]
 
 
 class Reading(NamedTuple):
-    """A call read as a call of a canonical function;
-
-    `finish` turns that one's result into this one's.
+    """A call read as a call of a canonical function; `finish` turns that one's result into this
+    one's.
     """
 
     function: Function
@@ -134,10 +133,8 @@ def _functional_softmax(function: Function) -> Callable[..., Reading]:
 
 
 def _flipped(dims: int | None, conjugates: bool = False) -> Callable[..., Reading]:
-    """Reads `.mT` and `.T`:
-
-    the last two dimensions change places; `dims` None allows any number of them. What `conjugates`
-    (`.mH`) is that only for real entries.
+    """Reads `.mT` and `.T`: the last two dimensions change places; `dims` None allows any number of
+    them. What `conjugates` (`.mH`) is that only for real entries.
     """
 
     def read(input: Any) -> Reading:
@@ -228,9 +225,7 @@ def name_of(function: Function) -> str:
 
 
 def wider_readings(reading: Reading) -> list[Reading]:
-    """Other canonical calls that compute the same, where the operands' shapes allow;
-
-    closest first.
+    """Other canonical calls that compute the same, where the operands' shapes allow; closest first.
     """
     widen = _WIDER.get(reading.function)
     return [] if widen is None else widen(*reading.args, **reading.kwargs)

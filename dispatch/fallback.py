@@ -75,9 +75,8 @@ def _initialises() -> bool:
 
 
 def permit(message: str, count: int, device: str, what: str) -> None:
-    """Lets a computation densify `count` bytes, as the policy says:
-
-    returns, warns, or raises `DenseFallbackError`.
+    """Lets a computation densify `count` bytes, as the policy says: returns, warns, or raises
+    `DenseFallbackError`.
     """
     free = free_bytes(device)
     if free is not None and count > free:

@@ -1,6 +1,5 @@
-"""The table of kernels:
-
-for every op its implementations, most special first, each with what it requires.
+"""The table of kernels: for every op its implementations, most special first, each with what it
+requires.
 """
 
 from __future__ import annotations
@@ -293,9 +292,7 @@ def kernel_missing(op: str, facts: Facts, reference: Callable[..., Any]) -> str:
 
 
 def kernel_stub(op: str, facts: Facts, reference: Callable[..., Any]) -> str:
-    """Code to paste:
-
-    a kernel row for such a call, with the arguments that the op's reference has.
+    """Code to paste: a kernel row for such a call, with the arguments that the op's reference has.
     """
     import inspect
 

@@ -24,9 +24,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Use(NamedTuple):
-    """An op that a route will run:
-
-    what for ("forward", "gradient of other"), and the facts it will choose a kernel by.
+    """An op that a route will run: what for ("forward", "gradient of other"), and the facts it will
+    choose a kernel by.
     """
 
     purpose: str
@@ -36,10 +35,8 @@ class Use(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """One row:
-
-    `handler` takes calls of `function` whose layout operands are exactly `operands` (subclasses
-    included).
+    """One row: `handler` takes calls of `function` whose layout operands are exactly `operands`
+    (subclasses included).
     """
 
     function: Function
@@ -175,9 +172,7 @@ def _unregister(row: Route, before: Callable[[], None] | None) -> None:
 def _layout_operands(
     function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]
 ) -> tuple[tuple[str, type], ...]:
-    """(name, class) of every layout among the arguments;
-
-    an argument without a name counts as "?".
+    """(name, class) of every layout among the arguments; an argument without a name counts as "?".
     """
     found = []
     for i, value in enumerate(args):
@@ -192,9 +187,8 @@ def _layout_operands(
 
 
 def find_route(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Route | None:
-    """The most special route for a canonical call, or None;
-
-    one whose handler has no parameter for an argument (`out=`) does not serve the call.
+    """The most special route for a canonical call, or None; one whose handler has no parameter for
+    an argument (`out=`) does not serve the call.
     """
     row = _most_special(function, args, kwargs)
     return row if row is not None and row.takes(args, kwargs) else None
@@ -220,9 +214,8 @@ def _most_special(
 
 
 def _distance(row: Route, operands: tuple[tuple[str, type], ...]) -> int | None:
-    """How many steps of inheritance lie between a call's layouts and the route's;
-
-    None if it does not serve them.
+    """How many steps of inheritance lie between a call's layouts and the route's; None if it does
+    not serve them.
     """
     wanted = dict(row.operands)
     if {name for name, _ in operands} != set(wanted) or len(operands) != len(wanted):

@@ -34,9 +34,8 @@ _DEFAULT = Settings()
 
 
 def current() -> Settings:
-    """The settings in force here;
-
-    the defaults while torch.compile traces (kernels are chosen when its code runs).
+    """The settings in force here; the defaults while torch.compile traces (kernels are chosen when
+    its code runs).
     """
     if torch.compiler.is_dynamo_compiling():
         return _DEFAULT

@@ -14,10 +14,8 @@ if TYPE_CHECKING:
 
 
 class Step(NamedTuple):
-    """One thing that ran:
-
-    an op's kernel, a torch function on densified operands (`kernel` is "dense fallback"), or a
-    route from outside this library (`kernel` is the handler).
+    """One thing that ran: an op's kernel, a torch function on densified operands (`kernel` is
+    "dense fallback"), or a route from outside this library (`kernel` is the handler).
     """
 
     what: str

@@ -1,6 +1,5 @@
-"""Compiling a Triton kernel without a GPU:
-
-what a kernel's file lists so that every configuration can be checked anywhere.
+"""Compiling a Triton kernel without a GPU: what a kernel's file lists so that every configuration
+can be checked anywhere.
 """
 
 from __future__ import annotations
@@ -27,9 +26,8 @@ class Compilation(NamedTuple):
     max_capability: int = 100
 
     def compile(self, capability: int) -> Any:
-        """Compiles for one compute capability (80, 90, 100);
-
-        returns Triton's compiled kernel (`.asm`, `.metadata`).
+        """Compiles for one compute capability (80, 90, 100); returns Triton's compiled kernel
+        (`.asm`, `.metadata`).
         """
         import triton
         from triton.backends.compiler import GPUTarget

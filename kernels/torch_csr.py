@@ -16,7 +16,8 @@ def _say_beta_once() -> None:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
-        torch.eye(1).to_sparse_csr()
+        one = torch.ones(1)
+        torch.sparse_csr_tensor(torch.arange(2), torch.zeros(1).long(), one, check_invariants=None)
 
 
 def torch_csr(values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, int]) -> Tensor:

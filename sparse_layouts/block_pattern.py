@@ -93,9 +93,8 @@ def entry_rows(crow_indices: Tensor, num_blocks: int) -> Tensor:
 def column_lists(
     crow_indices: Tensor, col_indices: Tensor, num_block_columns: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Column lists `(ccol_indices, row_indices, position in the row lists)` of row lists;
-
-    no host sync on a GPU.
+    """Column lists `(ccol_indices, row_indices, position in the row lists)` of row lists; no host
+    sync on a GPU.
     """
     patterns, mb = crow_indices.shape[0], crow_indices.shape[1] - 1
     nnzb, device = col_indices.shape[0], col_indices.device
@@ -150,9 +149,8 @@ def build_pattern(
     tiles: Tensor | None = None,
     block_counts: Tensor | None = None,
 ) -> BlockPattern:
-    """A pattern from its row lists `crow_indices` (P, Mb+1) and `col_indices` (nnzb,);
-
-    adds the column lists.
+    """A pattern from its row lists `crow_indices` (P, Mb+1) and `col_indices` (nnzb,); adds the
+    column lists.
     """
     ccol, row, position = column_lists(crow_indices, col_indices, -(-shape[1] // block_size[1]))
     return BlockPattern(
@@ -173,9 +171,7 @@ def build_pattern(
 
 
 def transpose_pattern(pattern: BlockPattern) -> BlockPattern:
-    """The pattern of the transposed matrix:
-
-    the two lists change places, slots stay where they are.
+    """The pattern of the transposed matrix: the two lists change places, slots stay where they are.
     """
     p = pattern
     tiles = p.tiles
@@ -300,9 +296,8 @@ def unpack_tiles(pattern: BlockPattern) -> Tensor:
 
 
 def tile_table(pattern: BlockPattern) -> Tensor:
-    """bool (T + 1, bm, bn):
-
-    entry 0 all True, then the bit tiles; `tile_table(p)[p.block_tiles]` is every block.
+    """bool (T + 1, bm, bn): entry 0 all True, then the bit tiles; `tile_table(p)[p.block_tiles]` is
+    every block.
     """
 
     def build() -> Tensor:
@@ -313,9 +308,8 @@ def tile_table(pattern: BlockPattern) -> Tensor:
 
 
 def dense_counts(pattern: BlockPattern) -> Tensor:
-    """int32 (*lead, M, N):
-
-    how often each entry counts, 0 where nothing is stored. Dense: for references and tests.
+    """int32 (*lead, M, N): how often each entry counts, 0 where nothing is stored. Dense: for
+    references and tests.
     """
     p = pattern
     (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
@@ -386,9 +380,8 @@ def pattern_from_dense(
 
 
 def _equal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Of an integer matrix:
-
-    the first row of each kind, and for each row its kind, kinds numbered as they first appear.
+    """Of an integer matrix: the first row of each kind, and for each row its kind, kinds numbered
+    as they first appear.
     """
     data = np.ascontiguousarray(rows.cpu().numpy())
     seen: dict[bytes, int] = {}

@@ -1,6 +1,5 @@
-"""Blocks of values on a pattern:
-
-gathered from a dense matrix, scattered into one, cleared where nothing is stored.
+"""Blocks of values on a pattern: gathered from a dense matrix, scattered into one, cleared where
+nothing is stored.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ def slots_in_row_order(pattern: BlockPattern) -> Tensor:
 
 
 def cells(pattern: BlockPattern) -> Tensor:
-    """int64 (nnzb,), by position in the row lists:
-
-    (pattern * Mb + block row) * Nb + block column.
+    """int64 (nnzb,), by position in the row lists: (pattern * Mb + block row) * Nb + block column.
     """
     return (
         entry_rows(pattern.crow_indices, pattern.num_blocks) * pattern.grid[1] + pattern.col_indices
@@ -31,7 +28,6 @@ def cells(pattern: BlockPattern) -> Tensor:
 
 def densify(values: Tensor, pattern: BlockPattern) -> Tensor:
     """The matrices (B, P, M, N) of `values` (B, S, bm, bn) on a pattern without a head map;
-
     differentiable.
     """
     p = pattern
@@ -83,9 +79,8 @@ def entry_mask(pattern: BlockPattern) -> Tensor | None:
 
 
 def unstored_entries(pattern: BlockPattern) -> tuple[Tensor, Tensor] | None:
-    """The slots (int64) of the blocks that are stored in part, and bool (slots, bm, bn):
-
-    what of each is not stored. None where every block is whole. One host sync, once a pattern.
+    """The slots (int64) of the blocks that are stored in part, and bool (slots, bm, bn): what of
+    each is not stored. None where every block is whole. One host sync, once a pattern.
     """
 
     def build() -> tuple[Tensor, Tensor] | None:

@@ -202,9 +202,8 @@ class BSRTensor(LayoutTensor):
             values.index_copy_(-3, slots, values.index_select(-3, slots).masked_fill_(unstored, 0))
 
     def crow_indices(self) -> Tensor:
-        """int32 (Mb + 1,), or (*lead, Mb + 1) with offsets into one `col_indices()`;
-
-        equal heads of a mask share offsets.
+        """int32 (Mb + 1,), or (*lead, Mb + 1) with offsets into one `col_indices()`; equal heads of
+        a mask share offsets.
         """
         p = self.block_pattern
         if not p.lead:
@@ -238,9 +237,8 @@ class BSRTensor(LayoutTensor):
 
     @property
     def nnz(self) -> int:
-        """Stored entries, by token:
-
-        of partial blocks those that are True, over all heads and the batch.
+        """Stored entries, by token: of partial blocks those that are True, over all heads and the
+        batch.
         """
         p = self.block_pattern
         return num_entries(p) * math.prod(self.shape[: self.dim() - 2 - self.lead_dims])
@@ -348,9 +346,8 @@ class BSRTensor(LayoutTensor):
         return coo.coalesce().to_sparse_csr()
 
     def validate(self) -> None:
-        """Checks every invariant of the pattern and the values;
-
-        raises `ValueError` that names the first broken one.
+        """Checks every invariant of the pattern and the values; raises `ValueError` that names the
+        first broken one.
         """
         check_pattern(self.block_pattern)
         values = self.inner_values

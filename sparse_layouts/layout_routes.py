@@ -1,6 +1,5 @@
-"""Routes that need no kernel:
-
-views, arithmetic that keeps the layout, sums; for every layout or for block layouts.
+"""Routes that need no kernel: views, arithmetic that keeps the layout, sums; for every layout or
+for block layouts.
 """
 
 from __future__ import annotations
@@ -81,10 +80,9 @@ def transpose_layout(input: Any, dim0: int, dim1: int) -> Any:
 
 @route(torch.Tensor.__getitem__, input=BSRTensor)
 def select_blocks(input: BSRTensor, index: Any) -> Any:
-    """`w[h]`, `w[:, 64:128]`:
-
-    heads, samples, and rows and columns cut at block edges; any other index is dense. The result is
-    a copy: writing to it (`w[0:64].zero_()`) does not change w, write to `w.values()` instead.
+    """`w[h]`, `w[:, 64:128]`: heads, samples, and rows and columns cut at block edges; any other
+    index is dense. The result is a copy: writing to it (`w[0:64].zero_()`) does not change w, write
+    to `w.values()` instead.
     """
     found = select(input, index)
     return NotImplemented if found is None else found
@@ -123,9 +121,8 @@ def _times(layout: LayoutTensor, other: Any) -> Any:
 
 @route(torch.mul, input=LayoutTensor, uses=if_taken(can_scale))
 def scale_or_sample(input: LayoutTensor, other: Any) -> Any:
-    """`w * 2` scales the stored entries;
-
-    `w * dense` takes the dense entries that w stores, times w.
+    """`w * 2` scales the stored entries; `w * dense` takes the dense entries that w stores, times
+    w.
     """
     return _times(input, other)
 
@@ -158,9 +155,8 @@ def can_divide(input: LayoutTensor, other: Any, **options: Any) -> bool:
 
 @route(torch.div, input=LayoutTensor, uses=if_taken(can_divide))
 def divide_by_scalar(input: LayoutTensor, other: Any, *, rounding_mode: str | None = None) -> Any:
-    """`w / 2`:
-
-    the stored entries; by zero, infinity or a dense tensor it is dense (0 / 0 is not 0).
+    """`w / 2`: the stored entries; by zero, infinity or a dense tensor it is dense (0 / 0 is not
+    0).
     """
     if not can_divide(input, other):
         return NotImplemented
@@ -250,9 +246,8 @@ def uses_of_sum(
 def sum_entries(
     input: LayoutTensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Any:
-    """The sum of all entries;
-
-    along the last or last but one dimension a product with ones; other sums are dense.
+    """The sum of all entries; along the last or last but one dimension a product with ones; other
+    sums are dense.
     """
     if input.stored_values is None:
         return NotImplemented
@@ -330,9 +325,8 @@ def frobenius_norm(
 def _softmax_densely(
     layout: LayoutTensor, dim: int, dtype: torch.dtype | None, log: bool
 ) -> LayoutTensor:
-    """softmax over the stored entries of any layout, by densifying:
-
-    what is not stored is -inf, and stays out of the result.
+    """softmax over the stored entries of any layout, by densifying: what is not stored is -inf, and
+    stays out of the result.
     """
     name = "log_softmax" if log else "softmax"
     values = layout.stored_values
@@ -356,9 +350,7 @@ def _softmax_densely(
 def softmax_of_entries(
     input: LayoutTensor, dim: int, dtype: torch.dtype | None = None
 ) -> LayoutTensor:
-    """`torch.softmax(w, dim)` of any layout:
-
-    over the stored entries, in the layout; dense inside.
+    """`torch.softmax(w, dim)` of any layout: over the stored entries, in the layout; dense inside.
     """
     return _softmax_densely(input, dim, dtype, False)
 

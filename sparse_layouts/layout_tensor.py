@@ -1,6 +1,5 @@
-"""LayoutTensor:
-
-what every layout is, once. A layout's file declares its fields and what is its own.
+"""LayoutTensor: what every layout is, once. A layout's file declares its fields and what is its
+own.
 """
 
 from __future__ import annotations
@@ -68,9 +67,8 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
         requires_grad: bool = False,
         **static: Any,
     ) -> L:
-        """A layout of these inner tensors, in the order of `fields`;
-
-        None where a field is left out.
+        """A layout of these inner tensors, in the order of `fields`; None where a field is left
+        out.
         """
         if len(inner) != len(cls.fields):
             raise TypeError(
@@ -161,9 +159,8 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
         return None
 
     def to_dense_entries(self) -> Tensor:
-        """The plain matrix from the inner tensors, not differentiable:
-
-        what a layout writes as `to_dense`.
+        """The plain matrix from the inner tensors, not differentiable: what a layout writes as
+        `to_dense`.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no to_dense()")
 
@@ -195,9 +192,8 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
         return same_indices(self.inner_tensors()[1:], other.inner_tensors()[1:])
 
     def clear_unstored(self) -> None:
-        """Sets to zero what `values` holds room for but the layout does not store;
-
-        most layouts have no such room.
+        """Sets to zero what `values` holds room for but the layout does not store; most layouts
+        have no such room.
         """
 
     def forget_derived(self) -> None:
@@ -249,9 +245,8 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
-        """Bytes that the tensor keeps alive:
-
-        values and indices; derived schedules apart, in `cached_bytes`.
+        """Bytes that the tensor keeps alive: values and indices; derived schedules apart, in
+        `cached_bytes`.
         """
         storages = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
@@ -267,9 +262,8 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
         return 0
 
     def prepack(self: L) -> L:
-        """This tensor in the storage order that the device's kernels want;
-
-        the same tensor where there is no other order.
+        """This tensor in the storage order that the device's kernels want; the same tensor where
+        there is no other order.
         """
         return self
 
@@ -291,9 +285,8 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
         return cls(*tensors, shape=outer_size, dtype=dtype, **dict(static))
 
     def _stable_hash_for_caching(self) -> str:
-        """What torch's compile cache tells layouts apart by:
-
-        everything that traced code depends on, this library's own code included.
+        """What torch's compile cache tells layouts apart by: everything that traced code depends
+        on, this library's own code included.
         """
         names, (cls, static, dtype) = self.__tensor_flatten__()
         code = library_stamp()
@@ -372,9 +365,8 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
         return handler(func, args, {} if kwargs is None else kwargs)
 
     def check_writable(self, function: Callable[..., Any]) -> None:
-        """Raises where an in-place function would be lost to autograd:
-
-        on a layout that shares its values with its transpose, as long as both are differentiated.
+        """Raises where an in-place function would be lost to autograd: on a layout that shares its
+        values with its transpose, as long as both are differentiated.
         """
         if not getattr(self, "_shares_values", False) or not torch.is_grad_enabled():
             return

@@ -1,7 +1,5 @@
-"""LocalStrideTensor:
-
-local blocks and every n-th column, a different residue for each head (phi-3-small's
-attention).
+"""LocalStrideTensor: local blocks and every n-th column, a different residue for each head
+(phi-3-small's attention).
 """
 
 from __future__ import annotations
@@ -169,9 +167,8 @@ def local_stride(
 def _segments(
     residues: list[int], nb: int, local: int, stride: int, causal: bool, on: torch.device
 ) -> list[tuple[Tensor, Any, Tensor]]:
-    """Every row as progressions:
-
-    strided columns, the local range, and, if not causal, strided columns on the right.
+    """Every row as progressions: strided columns, the local range, and, if not causal, strided
+    columns on the right.
     """
     residue = send(torch.tensor(residues), on)[:, None]
     i = torch.arange(nb, device=on)[None, :].expand(len(residues), -1)

@@ -29,9 +29,8 @@ from sparse_layouts.dispatch import route
 
 
 def _codes(pattern: BlockPattern, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the patterns listed in `which` (K,):
-
-    sorted keys (k * Mb + row) * Nb + column, each block's code and its slot.
+    """Of the patterns listed in `which` (K,): sorted keys (k * Mb + row) * Nb + column, each
+    block's code and its slot.
     """
     p = pattern
     mb, nb = p.grid
@@ -201,9 +200,8 @@ def without_counts(mask: BSRTensor) -> BSRTensor:
 
 
 def select(layout: BSRTensor, index: Any) -> BSRTensor | None:
-    """`layout[index]` for integers and slices, rows and columns cut at block edges;
-
-    None for any other index.
+    """`layout[index]` for integers and slices, rows and columns cut at block edges; None for any
+    other index.
     """
     index = index if isinstance(index, tuple) else (index,)
     if Ellipsis in index:

@@ -365,9 +365,8 @@ def document(
 
 
 def _document_of_token(bounds: Tensor, n: int, padded: int) -> Tensor:
-    """(B, padded):
-
-    the document of each token; empty documents have none, tokens over the edge the last one's.
+    """(B, padded): the document of each token; empty documents have none, tokens over the edge the
+    last one's.
     """
     token = torch.arange(padded).clamp_(max=max(n - 1, 0)).expand(bounds.shape[0], -1).contiguous()
     return (torch.searchsorted(bounds, token, right=True) - 1).clamp_(
@@ -378,9 +377,8 @@ def _document_of_token(bounds: Tensor, n: int, padded: int) -> Tensor:
 def _document_tiles(
     crow: Tensor, col: Tensor, documents: Tensor, b: int, causal: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Tile ids and bit tiles of a document mask;
-
-    `documents` (B, nb, b). Tiles are made a few thousand at a time.
+    """Tile ids and bit tiles of a document mask; `documents` (B, nb, b). Tiles are made a few
+    thousand at a time.
     """
     nb = documents.shape[1]
     entry = entry_rows(crow, col.shape[0])

@@ -1,6 +1,5 @@
-"""Operators that torch sees as one step:
-
-kernels stay behind them under torch.compile, export and fake tensors.
+"""Operators that torch sees as one step: kernels stay behind them under torch.compile, export and
+fake tensors.
 """
 
 from __future__ import annotations
@@ -25,9 +24,8 @@ _WIDTH = 13
 
 
 def _eager(first: Any) -> bool:
-    """Whether a call is plain eager work, which nobody traces:
-
-    it then skips the dispatcher (30 us of boxed arguments).
+    """Whether a call is plain eager work, which nobody traces: it then skips the dispatcher (30 us
+    of boxed arguments).
     """
     return (
         not torch.compiler.is_compiling()  # first: the rest cannot be traced

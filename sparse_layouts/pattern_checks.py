@@ -1,6 +1,5 @@
-"""Every invariant of a block pattern, checked one by one;
-
-used by `validate()`, never on the way of a call.
+"""Every invariant of a block pattern, checked one by one; used by `validate()`, never on the way of
+a call.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ def largest(magnitudes: Tensor, count: int) -> Tensor:
     if flat.device.type != "cpu" or flat.numel() <= SMALL:
         kept = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
         order = torch.argsort(flat, descending=True, stable=True)
-        kept[order[:count]] = True
-        return kept.view(magnitudes.shape)
+        # indexing with `= True` would copy the value to a GPU, and wait
+        return kept.index_fill_(0, order[:count], True).view(magnitudes.shape)
     keys = order_keys(flat) if flat.dtype.is_floating_point else flat
     cut = find_cut(lambda: keys.split(_CHUNK), count, keys.dtype)
     kept = torch.empty(flat.numel(), dtype=torch.bool)

@@ -71,9 +71,8 @@ def is_pinned(func: Any, args: Any, kwargs: Any) -> bool:
 
 @handles(aten.zeros_like.default, aten.empty_like.default)
 def zeros_like(func: Any, args: Any, kwargs: Any) -> Any:
-    """A layout of the same pattern, its values all zero (empty_like too:
-
-    room that is not stored must be zero).
+    """A layout of the same pattern, its values all zero (empty_like too: room that is not stored
+    must be zero).
     """
     layout = args[0]
     dtype, device = kwargs.get("dtype"), kwargs.get("device")

@@ -147,9 +147,8 @@ def short(value: Any) -> str:
 
 
 def _values_of(value: Any, like: LayoutTensor, what: Any) -> Any:
-    """An operand of a pointwise operator in terms of `like`'s stored values;
-
-    raises for what has entries elsewhere.
+    """An operand of a pointwise operator in terms of `like`'s stored values; raises for what has
+    entries elsewhere.
     """
     if isinstance(value, Layout):
         other: Any = value
@@ -228,9 +227,8 @@ def fill(func: Any, args: Any, kwargs: Any) -> Any:
 
 @handles(aten.masked_fill_.Scalar, aten.masked_fill_.Tensor)
 def masked_fill_(func: Any, args: Any, kwargs: Any) -> Any:
-    """`w.masked_fill_(mask, value)` on the stored entries;
-
-    the mask is a layout of the same pattern or dense.
+    """`w.masked_fill_(mask, value)` on the stored entries; the mask is a layout of the same pattern
+    or dense.
     """
     target, mask, value = args
     if isinstance(mask, Layout):
@@ -260,9 +258,8 @@ def vector_norm(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 def over_lists(func: Any, args: Any, kwargs: Any) -> Any:
-    """The foreach and fused forms:
-
-    every layout of a list is replaced by its values, pattern by pattern.
+    """The foreach and fused forms: every layout of a list is replaced by its values, pattern by
+    pattern.
     """
     lead: Any = next(a for a in args if isinstance(a, (list, tuple)) and layouts_of(a))
     like = list(lead)

@@ -396,9 +396,8 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """SDPA with a block mask;
-
-    a layout of floats is an additive mask whose missing entries are 0, as dense: the fallback.
+    """SDPA with a block mask; a layout of floats is an additive mask whose missing entries are 0,
+    as dense: the fallback.
     """
     if not attn_mask.is_mask:
         return NotImplemented

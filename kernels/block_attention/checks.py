@@ -1,6 +1,5 @@
-"""What attention's operands must be;
-
-every message says what was expected, what came and what to do.
+"""What attention's operands must be; every message says what was expected, what came and what to
+do.
 """
 
 from __future__ import annotations
@@ -28,9 +27,8 @@ def check_attention(
     scale: float | None = None,
     exact_rows: bool = False,
 ) -> None:
-    """Raises `TypeError` or `ValueError` for operands that do not fit;
-
-    `exact_rows`: the mask has as many rows as q.
+    """Raises `TypeError` or `ValueError` for operands that do not fit; `exact_rows`: the mask has
+    as many rows as q.
     """
     if not isinstance(mask, BSRTensor):
         kind = type(mask).__name__

@@ -1,6 +1,5 @@
-"""Which lists of a pattern each query head reads, and where its bias blocks lie;
-
-derived once a pattern.
+"""Which lists of a pattern each query head reads, and where its bias blocks lie; derived once a
+pattern.
 """
 
 from __future__ import annotations
@@ -44,9 +43,8 @@ class OwnSlots(NamedTuple):
 
 
 def own_slots(pattern: BlockPattern, heads: int) -> OwnSlots:
-    """Slots of its own for every query head (and every sample that has its own pattern);
-
-    one host sync, once a pattern.
+    """Slots of its own for every query head (and every sample that has its own pattern); one host
+    sync, once a pattern.
     """
 
     def build() -> OwnSlots:
@@ -61,9 +59,8 @@ def own_slots(pattern: BlockPattern, heads: int) -> OwnSlots:
 def bias_arguments(
     bias: BSRTensor | None, mask: BSRTensor, heads: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """A bias as kernels take it:
-
-    values (B or 1, Sb, bm, bn) in row order and `bias_base` (B or 1, H).
+    """A bias as kernels take it: values (B or 1, Sb, bm, bn) in row order and `bias_base` (B or 1,
+    H).
     """
     if bias is None:
         return None, None

@@ -13,9 +13,8 @@ _LOW = 0xFFFFFFFF
 
 
 def philox(seed: Tensor, counters: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 (Salmon et al., SC 2011, and `tl.philox`):
-
-    four uint32 words, held in int64, a counter.
+    """Philox4x32-10 (Salmon et al., SC 2011, and `tl.philox`): four uint32 words, held in int64, a
+    counter.
     """
     c0, c1, c2, c3 = counters
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW

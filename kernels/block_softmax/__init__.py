@@ -154,8 +154,7 @@ def softmax(input: BSRTensor, dim: int, dtype: torch.dtype | None = None) -> BSR
 
 @route(torch.log_softmax, input=BSRTensor, uses=uses_of_softmax)
 def log_softmax(input: BSRTensor, dim: int, dtype: torch.dtype | None = None) -> BSRTensor:
-    """`torch.log_softmax(w, -1)`:
-
-    over each row's stored entries, in the layout; what is not stored stays 0.
+    """`torch.log_softmax(w, -1)`: over each row's stored entries, in the layout; what is not stored
+    stays 0.
     """
     return _softmax(input, dim, dtype, True)

@@ -16,6 +16,9 @@ from torch import Tensor
 SCRATCH_BYTES = 2**26
 # The rows of the scratch matrix begin at multiples of this, as cuBLAS wants them.
 ROW_BYTES = 16
+# An entry on its way to or from scratch memory is moved, not computed with: as an integer of its
+# size.
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Pieces of a matrix begin at multiples of so many rows or groups: addresses stay aligned.
 ALIGNED = 16
 

@@ -79,14 +79,15 @@ def _compressed(values: Tensor, indices: Tensor, p: int) -> Tensor:
     if not _values_come_first(values.device, values.dtype):
         return torch._cslt_compress(scatter_entries(values, indices[p], 2, 4, values.shape[1] * 2))
 
-    def build() -> Tensor:
+    def build() -> tuple[Tensor, torch.Size]:
         # of ones: an entry that is stored and zero has its place in the metadata all the same
         ones = torch.ones_like(values, memory_format=torch.contiguous_format)
         dense = scatter_entries(ones, indices[p], 2, 4, values.shape[1] * 2)
-        return torch._cslt_compress(dense)[values.numel() :].clone()
+        packed = torch._cslt_compress(dense)
+        return packed.flatten()[values.numel() :].clone(), packed.shape
 
-    metadata = derived((indices,), ("cusparselt", p, values.dtype), build)
-    return torch.cat([values.reshape(-1), metadata])
+    metadata, shape = derived((indices,), ("cusparselt", p, values.dtype), build)
+    return torch.cat([values.reshape(-1), metadata]).view(shape)
 
 
 @functools.cache
@@ -102,4 +103,4 @@ def _values_come_first(device: torch.device, dtype: torch.dtype) -> bool:
     values = values.to(dtype)
     indices = pack_positions(positions, 4)
     packed = torch._cslt_compress(scatter_entries(values, indices, 2, 4, PROBE))
-    return bool(torch.equal(packed[: values.numel()].view(values.shape), values))
+    return bool(torch.equal(packed.flatten()[: values.numel()], values.flatten()))

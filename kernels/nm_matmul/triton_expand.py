@@ -18,7 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_layouts.kernels.ahead_of_time import Compilation
+from sparse_layouts.kernels.nm_matmul.cpu import empty_result
 from sparse_layouts.kernels.nm_matmul.scratch_products import (
+    INTEGERS,
     ScratchMatrices,
     multiply_into,
     pieces,
@@ -26,7 +28,6 @@ from sparse_layouts.kernels.nm_matmul.scratch_products import (
 )
 from sparse_layouts.kernels.nm_matmul.triton_common import (
     COMPILED_NM,
-    dense_tile,
     load_positions,
     load_values,
     nm_constants,
@@ -41,8 +42,6 @@ NARROW = 1024
 WORD_BITS = 64
 # Words of 64 bits that a group may have to be put together in them.
 MOST_WORDS = 4
-# A matrix entry is moved, not computed with: as an integer of its size.
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 # Groups are specialised (divisible by 16 or not: the width of a load), sizes are not.
@@ -90,20 +89,22 @@ def nm_expand_kernel(
     out = out_ptr + matrix.to(tl.int64) * stride_out_matrix + rows * stride_out_m
     start = column_tile * GROUPS
     first = first_group + start
+    kind: tl.constexpr = out_ptr.dtype.element_ty
+    # A word is loaded by every group that it describes: pieces may begin in the middle of one.
+    entries = load_values(
+        values, mask_m, first, end_group, stride_values_e, tl.int16, GROUPS, STORED, PAIRED
+    )
+    positions = load_positions(words, mask_m, first, end_group, GROUPS, STORED, BITS, False)
     if WORDS:
         # out is of 64-bit words, WORDS a group: each thread puts its groups together
         IN_A_WORD: tl.constexpr = 64 // EACH
         MASK: tl.constexpr = (1 << EACH) - 1
-        entries = load_values(
-            values, mask_m, first, end_group, stride_values_e, tl.int16, GROUPS, STORED, PAIRED
-        )
-        positions = load_positions(words, mask_m, first, end_group, GROUPS, STORED, BITS, False)
         made = ()
         for k in tl.static_range(WORDS):
-            word = tl.zeros((TILE_M, GROUPS), dtype=tl.int64)
+            word = tl.zeros((TILE_M, GROUPS), dtype=kind)
             for j in tl.static_range(STORED):
                 place = positions[j]
-                one = (entries[j].to(tl.int64) & MASK) << (place % IN_A_WORD * EACH).to(tl.int64)
+                one = (entries[j].to(kind) & MASK) << (place % IN_A_WORD * EACH).to(kind)
                 word |= tl.where(place // IN_A_WORD == k, one, 0)
             made = made + (word,)
         if WORDS == 1:
@@ -116,21 +117,11 @@ def nm_expand_kernel(
         columns = start * WORDS + tl.arange(0, GROUPS * WORDS)
         exists = columns < (end_group - first_group) * WORDS
     else:
-        tile = dense_tile(
-            values,
-            words,
-            mask_m,
-            first,
-            end_group,
-            stride_values_e,
-            out_ptr.dtype.element_ty,
-            GROUPS,
-            STORED,
-            PLACES,
-            BITS,
-            PAIRED,
-            False,
-        )
+        place = tl.arange(0, PLACES)[None, None, :]
+        tile = tl.zeros((TILE_M, GROUPS, PLACES), dtype=kind)
+        for j in tl.static_range(STORED):
+            tile = tl.where(positions[j][:, :, None] == place, entries[j][:, :, None], tile)
+        tile = tl.reshape(tile, (TILE_M, GROUPS * PLACES))
         columns, exists = tile_columns(start, end_group - first_group, GROUPS, OF, PLACES)
     tl.store(out[:, None] + columns[None, :], tile, mask=mask_m[:, None] & exists[None, :])
 
@@ -155,13 +146,9 @@ def nm_matmul_in_scratch_memory(
     is added up or rounded twice, and equal inputs give equal bits as far as cuBLAS does.
     """
     shared, patterns, rows, entries = values.shape
-    groups, columns = entries // n, x.shape[3]
+    groups = entries // n
     batch = x.shape[0] if shared == 1 else shared
-    result_rows = groups * m if transposed else rows
-    if transposed_output:
-        out = x.new_empty(batch, patterns, columns, result_rows).mT
-    else:
-        out = x.new_empty(batch, patterns, result_rows, columns)
+    out = empty_result(x, batch, groups * m if transposed else rows, transposed_output)
     if out.numel() == 0 or x.shape[2] == 0:
         return out.zero_()
     indices, scratch = indices.contiguous(), ScratchMatrices(values)
@@ -231,7 +218,7 @@ def compilations() -> Iterator[Compilation]:
 
 def _config(size: int, n: int, m: int, columns: int) -> tuple[dict[str, Any], dict[str, int]]:
     """The constant arguments and the launch options; `size`: bytes of an entry."""
-    tile_m, tile_columns, warps = CONFIGS[columns <= NARROW]
+    tile_m, width, warps = CONFIGS[columns <= NARROW]
     constexprs = nm_constants(n, m)
     bits = 8 * size * m
     # a word of one entry is no less work than the entry
@@ -240,7 +227,7 @@ def _config(size: int, n: int, m: int, columns: int) -> tuple[dict[str, Any], di
         "EACH": 8 * size,
         "WORDS": bits // WORD_BITS if as_words else 0,
         "TILE_M": tile_m,
-        "GROUPS": max(1, tile_columns // constexprs["PLACES"]),
+        "GROUPS": width // constexprs["PLACES"],
     }
     return constexprs, {"num_warps": warps}
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.nm_matmul.scratch_products import (
+    INTEGERS,
     ScratchMatrices,
     multiply_into,
     pieces,
@@ -29,8 +30,6 @@ from sparse_layouts.nm_packing import position_bits
 # (rows of a tile, entries, warps): for wide matrices and, second, for those up to NARROW entries
 CONFIGS = [(4, 1024, 4), (32, 128, 4)]
 NARROW = 512
-# An entry is moved, not computed with: as an integer of its size.
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 # Entries are specialised (divisible by 16 or not: the width of a store), sizes are not.
@@ -100,7 +99,7 @@ def nm_sddmm_in_scratch_memory(a: Tensor, b: Tensor, indices: Tensor, *, n: int,
         left, right = a[batches, own, part], b[batches, own]
         dense = scratch.take(*left.shape[:3], columns)
         multiply_into(dense, left, right)
-        gather_into(values[batches, own, part], dense, indices[own, part], n=n, m=m)
+        gather_into(values[batches, own, part], dense, indices[own], n=n, m=m)
     return values
 
 

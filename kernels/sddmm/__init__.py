@@ -52,9 +52,8 @@ sddmm_op = opaque.define(OP, "Tensor a, Tensor b, {pattern}", _launch, _shape)
 
 
 def sample(a: Tensor, b: Tensor, mask: BSRTensor) -> BSRTensor:
-    """`a @ b` at the mask's entries, without autograd;
-
-    the dimensions before the mask's own are the batch.
+    """`a @ b` at the mask's entries, without autograd; the dimensions before the mask's own are the
+    batch.
     """
     pattern = expand_heads(mask.block_pattern)
     outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import sparse_layouts as sl
-from sparse_layouts.dispatch import Facts, choose, verdicts
+from sparse_layouts.dispatch import Facts, choose
+from sparse_layouts.dispatch.kernel_table import verdicts
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.csr_matmul import facts
 
@@ -71,15 +74,17 @@ def test_cusparse_takes_everything_that_triton_cannot(
     assert choose("csr_matmul", found).name == "cusparse"
 
 
-def test_cusparse_cannot() -> None:
-    found = {
-        "device": Facts("cpu", SINGLE),
-        "dtype": on_gpu(dtype=torch.float8_e5m2),
-        "capability": on_gpu(capability=(7, 5)),
-    }
-    reasons = [str(requirements.cusparse_csr(f)) for f in found.values()]
-    for reason, part in zip(reasons, ("cuda tensors", "not torch.float8_e5m2", "found 7.5")):
-        assert part in reason
+CANNOT: dict[str, tuple[Facts, str]] = {
+    "device": (Facts("cpu", SINGLE), "works on cuda tensors"),
+    "dtype": (on_gpu(dtype=torch.float8_e5m2), "not torch.float8_e5m2"),
+    "capability": (on_gpu(capability=(7, 5)), "8.0 or newer for bfloat16, found 7.5"),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_cusparse_cannot(name: str) -> None:
+    found, message = CANNOT[name]
+    assert message in str(requirements.cusparse_csr(found))
 
 
 @pytest.mark.parametrize(
@@ -103,13 +108,46 @@ def test_the_mean_row_of_the_result(
 
 def test_deterministic_algorithms_are_a_fact(deterministic: None) -> None:
     assert facts(torch.ones(1, 4), 3, 4, (4, 8), False).deterministic
-    explanation = str(sl.explain(torch.matmul, sl.csr(torch.eye(4)), torch.ones(4, 3)))
-    assert "cusparse" in explanation
+    torch.use_deterministic_algorithms(False)
+    assert not facts(torch.ones(1, 4), 3, 4, (4, 8), False).deterministic
+
+
+@pytest.fixture
+def asked() -> Iterator[list[Facts]]:
+    """The facts that the table is asked about csr_matmul."""
+    seen: list[Facts] = []
+
+    def listens(found: Facts) -> str:
+        seen.append(found)
+        return "only listens"
+
+    @sl.kernel("csr_matmul", requires=listens)
+    def listener() -> None: ...
+
+    yield seen
+    listener.unregister()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("make", [sl.csr, sl.csc])
-def test_explain_knows_of_transposes(make: object) -> None:
-    w = make(torch.ones(4, 8)).requires_grad_()  # type: ignore[operator]
-    x = torch.ones(8, 3, requires_grad=True)
-    uses = {use.what: use.facts for use in sl.explain(torch.matmul, w, x).ops}  # type: ignore[attr-defined]
-    assert [f.transposed for f in uses.values()] is not None
+@pytest.mark.parametrize("call", ["w @ x", "x @ w", "linear", "sddmm"])
+def test_explain_asks_what_the_call_asks(
+    call: str, make: Callable[[Tensor], Any], asked: list[Facts]
+) -> None:
+    w = make(torch.ones(4, 64))
+    a, b = torch.ones(3, 4, requires_grad=True), torch.ones(64, 3, requires_grad=True)
+    function, args = {
+        "w @ x": (torch.matmul, (w, b)),
+        "x @ w": (torch.matmul, (a, w)),
+        "linear": (torch.nn.functional.linear, (b.mT, w)),
+        "sddmm": (sl.sddmm, (a.mT, b.mT, w.pattern)),
+    }[call]
+    sl.explain(function, *args)
+    explained = set(asked)
+    asked.clear()
+    out = function(*args)
+    out.sum().backward()
+    assert explained == set(asked)
+    assert {(f.transposed, f.row_entries) for f in asked} == {
+        (make is not sl.csr, 64),
+        (make is sl.csr, 4),
+    }

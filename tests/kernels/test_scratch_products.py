@@ -76,11 +76,12 @@ def test_products_of_pieces(batch: int, patterns: int, shared: str) -> None:
 CASES = {
     "rows": NMCase("rows", (70, 12), (2, 4), patterns=2, batch=2, width=20),
     "rows_shared": NMCase("rows_shared", (70, 12), (1, 8), batch=3, share=True, width=20),
-    "rows_flipped": NMCase("rows_flipped", (37, 9), (3, 5), width=33, flip=True, dense="step"),
+    "rows_flipped": NMCase("rows_flipped", (77, 9), (3, 5), width=33, flip=True, dense="step"),
+    "columns_of_two": NMCase("columns_of_two", (33, 99), (1, 2), width=20, transposed=True),
     "columns": NMCase("columns", (33, 70), (2, 4), width=20, transposed=True, batch=2),
     "columns_odd": NMCase("columns_odd", (20, 37), (3, 5), width=20, transposed=True, flip=True),
-    "wide": NMCase("wide", (5, 300), (4, 8), width=18),
-    "sixteen": NMCase("sixteen", (9, 80), (8, 16), width=18, share_x=True, batch=2),
+    "wide": NMCase("wide", (5, 260), (4, 8), width=18),
+    "sixteen": NMCase("sixteen", (40, 9), (8, 16), width=18, share_x=True, batch=2),
 }
 
 
@@ -121,12 +122,13 @@ def test_in_many_pieces(
         taken.append(self.buffer.nbytes)
         return made
 
+    budget = 3000 * dtype.itemsize
     monkeypatch.setattr(ScratchMatrices, "take", counted)
-    monkeypatch.setattr(scratch_products, "SCRATCH_BYTES", 6000)
+    monkeypatch.setattr(scratch_products, "SCRATCH_BYTES", budget)
     call = built(op, name, dtype)
     check_call(op, call, kernel(op)(*call.args, **call.kwargs))
     assert len(taken) > 1, "one piece"
-    assert max(taken) <= 6000 * 1.1  # aligned rows of a part are not counted
+    assert max(taken) <= budget * 1.1  # what aligns the rows of a part is not counted
 
 
 @pytest.mark.interpreter
@@ -154,7 +156,7 @@ def test_expanding_moves_the_bits(n_of_m: tuple[int, int], dtype: torch.dtype) -
     n, m = n_of_m
     case = NMCase("bits", (21, 19), n_of_m, patterns=2)
     values, indices, _ = case.build_matmul(dtype, "cpu").args
-    values[0, 1, 4, :3] = torch.tensor([torch.nan, -torch.inf, -0.0], dtype=dtype)
+    values[0, 1, 4, :2] = torch.tensor([-torch.inf, -0.0], dtype=dtype)
     for stored in (values, values.repeat_interleave(2, -1)[..., ::2]):
         w = ScratchMatrices(values).take(1, 2, 21, 19 * m)
         expand_into(w, stored, indices, (0, 19), n=n, m=m)

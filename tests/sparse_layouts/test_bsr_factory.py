@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -105,7 +106,9 @@ def test_choose_does_not_wait_for_a_gpu(name: str) -> None:
     magnitudes = torch.rand(64, 64, device="cuda")
     sparsifier = ALL[name]()
     sparsifier.choose(magnitudes)
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         sparsifier.choose(magnitudes)
     finally:
