@@ -146,6 +146,8 @@ def _flipped(dims: int | None, conjugates: bool = False) -> Callable[..., Readin
 
 
 def _matrix_vector(input: Any, vec: Any, **rest: Any) -> Reading:
+    if vec.dim() != 1:  # torch says so
+        return Reading(torch.mv, (input, vec), rest)
     return Reading(torch.matmul, (input, vec), rest)
 
 
@@ -155,7 +157,8 @@ def _permute(input: Any, *order: Any, dims: Any = None) -> Reading:
     if len(order) == 1 and isinstance(order[0], (tuple, list)):
         order = tuple(order[0])
     n = input.dim()
-    order = tuple(d % n for d in order)
+    if all(-n <= d < n for d in order):
+        order = tuple(d % n for d in order)
     if order == (*range(n - 2), n - 1, n - 2):
         return Reading(torch.transpose, (input, -2, -1), {})
     return Reading(torch.permute, (input, order), {})
@@ -225,8 +228,7 @@ def name_of(function: Function) -> str:
 
 
 def wider_readings(reading: Reading) -> list[Reading]:
-    """Other canonical calls that compute the same, where the operands' shapes allow; closest first.
-    """
+    """Other canonical calls of the same result, where shapes allow, closest first."""
     widen = _WIDER.get(reading.function)
     return [] if widen is None else widen(*reading.args, **reading.kwargs)
 
@@ -281,6 +283,11 @@ def _of_addmm(
         scaled = product if alpha == 1 else alpha * product
         if beta == 0:
             return scaled  # torch ignores input then, NaN included
+        if tuple(torch.broadcast_shapes(input.shape, scaled.shape)) != tuple(scaled.shape):
+            raise ValueError(
+                f"addmm: expected an input that expands to the product's shape "
+                f"{tuple(scaled.shape)}, got {tuple(input.shape)}"
+            )
         return scaled + (input if beta == 1 else beta * input)
 
     return _product(a, b, finish)

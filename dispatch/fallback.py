@@ -24,12 +24,31 @@ _LIBRARY = tuple(str(_HERE / name) for name in ("dispatch", "kernels", "sparse_l
 
 
 class DenseFallbackWarning(UserWarning):
-    """A call on a layout had no sparse kernel and was computed densely."""
+    """A call on a layout had no sparse kernel and was computed densely; given once a call site.
+
+    The message names the missing route and the stub to paste. `sl.fallback("allow")` is silent.
+
+    >>> import warnings, torch, sparse_layouts as sl
+    >>> w = sl.bsr(torch.eye(64), block_size=16)
+    >>> with warnings.catch_warnings(record=True) as given, sl.fallback("warn"):
+    ...     warnings.simplefilter("always")
+    ...     y = torch.cumsum(w, 0)
+    >>> [each.category.__name__ for each in given]
+    ['DenseFallbackWarning']
+    """
 
 
 class DenseFallbackError(RuntimeError):
     """A call on a layout had no sparse kernel, and computing it densely is not allowed or does not
     fit.
+
+    >>> import torch, sparse_layouts as sl
+    >>> w = sl.bsr(torch.eye(64), block_size=16)
+    >>> with sl.fallback("error"):
+    ...     torch.cumsum(w, 0)
+    Traceback (most recent call last):
+        ...
+    sparse_layouts.dispatch.fallback.DenseFallbackError: torch.cumsum has no sparse ...
     """
 
 

@@ -292,8 +292,7 @@ def kernel_missing(op: str, facts: Facts, reference: Callable[..., Any]) -> str:
 
 
 def kernel_stub(op: str, facts: Facts, reference: Callable[..., Any]) -> str:
-    """Code to paste: a kernel row for such a call, with the arguments that the op's reference has.
-    """
+    """Code to paste: a kernel row for such a call, with the arguments of the op's reference."""
     import inspect
 
     parameters = ", ".join(

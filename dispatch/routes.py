@@ -172,8 +172,7 @@ def _unregister(row: Route, before: Callable[[], None] | None) -> None:
 def _layout_operands(
     function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]
 ) -> tuple[tuple[str, type], ...]:
-    """(name, class) of every layout among the arguments; an argument without a name counts as "?".
-    """
+    """(name, class) of every layout among the arguments; "?" for one without a name."""
     found = []
     for i, value in enumerate(args):
         if isinstance(value, Layout):

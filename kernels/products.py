@@ -183,7 +183,8 @@ def fold_summed(a: Tensor, b: Tensor, own: tuple[int, ...]) -> tuple[Tensor, Ten
     m, n = a.shape[-2], b.shape[-1]
     a = a.expand(*outer, *a.shape[-2:]).permute(*kept, end, *folded, end + 1)
     b = b.expand(*outer, *b.shape[-2:]).permute(*kept, *folded, end, end + 1)
-    a = a.reshape(*own, m, -1)
+    inner = a.shape[-1] * math.prod(outer[i] for i in folded)
+    a = a.reshape(*own, m, inner)
     return a, b.reshape(*own, a.shape[-1], n)
 
 
@@ -198,6 +199,7 @@ def check(layout: LayoutTensor, dense: Any, contracted: int, own: int, what: str
             f"{what}: a mask layout has no values to multiply; convert it first: "
             f"mask.to({dense.dtype})"
         )
+    _check_strided(dense, what)
     if values.dtype != dense.dtype:
         raise TypeError(
             f"{what}: expected one dtype, got {values.dtype} and {dense.dtype}; convert one with "
@@ -218,11 +220,21 @@ def check(layout: LayoutTensor, dense: Any, contracted: int, own: int, what: str
         )
 
 
+def _check_strided(dense: Tensor, what: str) -> None:
+    """Raises for one of torch's own sparse tensors, which kernels cannot read."""
+    if dense.layout != torch.strided:
+        raise TypeError(
+            f"{what}: expected a dense operand beside the layout, got one of {dense.layout}; pass "
+            "x.to_dense()"
+        )
+
+
 def check_sampled(a: Any, b: Any, mask: LayoutTensor) -> None:
     """Raises for operands of a sampled product that do not fit: what was expected, what came."""
     for name, t in (("a", a), ("b", b)):
         if not isinstance(t, Tensor) or isinstance(t, LayoutTensor):
             raise TypeError(f"sddmm: {name} is a dense tensor, got {type(t).__name__}")
+        _check_strided(t, "sddmm")
         if not t.dtype.is_floating_point:
             raise TypeError(f"sddmm: {name} is floating, got {t.dtype}; convert it with .float()")
         if t.dim() < 2:

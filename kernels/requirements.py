@@ -157,29 +157,24 @@ def triton_csr(facts: Facts) -> str | None:
     return triton(facts)
 
 
-# Where cuSPARSE is the faster one: wide operands and short rows. Microseconds of ours and of it at
-# 512 columns, 4096 x 4096, one H200, 2026-11-21: density 0.01 (42 entries a row) 63 and 53 in bf16,
-# 66 and 54 in fp32; a power law (26) 62 and 40, 60 and 40; density 0.1 (411) 233 and 367, 324 and
-# 380.
-# One column: ours by 1.05 to 1.39 everywhere.
-CUSPARSE_COLUMNS = 128
+# Where cuSPARSE is the faster one: short rows, neither few nor many columns. Microseconds of ours
+# and of it in fp32, 4096 x 4096, one H200, 2026-11-21, at 64, 128, 256 and 512 columns: density 0.01
+# (42 entries a row) 19 and 20, 25 and 23, 40 and 32, 51 and 55; a power law (26) 19 and 15, 23 and
+# 17, 36 and 25, 43 and 41; density 0.1 (411): ours everywhere, by 1.04 to 1.6.
+CUSPARSE_COLUMNS = (128, 256)
 CUSPARSE_ROW_ENTRIES = 64
 
 
 def cusparse_csr(facts: Facts) -> str | None:
-    """An NVIDIA GPU, in fp16, bf16, fp32 or fp64; bf16 from compute capability 8.0.
+    """An NVIDIA GPU, in fp32 or fp64; in 16 bits cuSPARSE errs five times as much as dense torch.
 
-    Where Triton's kernel could take the call, only what cuSPARSE does faster: the stored matrix,
-    in fp16, bf16 or fp32, times many columns, with few entries a row. Its sums have no promised
-    order: not under `torch.use_deterministic_algorithms(True)`.
+    Where Triton's kernel could take the call, only what cuSPARSE does faster. Its sums have no
+    promised order: not under `torch.use_deterministic_algorithms(True)`.
     """
     if facts.device != "cuda":
         return f"works on cuda tensors, these are on {facts.device}"
-    if facts.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        return f"takes float16, bfloat16, float32 and float64, not {facts.dtype}"
-    if facts.dtype == torch.bfloat16 and facts.capability < (8, 0):
-        found = ".".join(map(str, facts.capability))
-        return f"needs compute capability 8.0 or newer for bfloat16, found {found}"
+    if facts.dtype not in (torch.float32, torch.float64):
+        return f"takes float32 and float64, not {facts.dtype}: in 16 bits it is inexact"
     if triton_csr(facts) is not None:
         return None  # else there would be no kernel
     if facts.deterministic:
@@ -187,10 +182,11 @@ def cusparse_csr(facts: Facts) -> str | None:
     if facts.transposed:
         return "is the faster one with the stored matrix, not with its transpose"
     if facts.dtype == torch.float64:
-        return "is the faster one in float16, bfloat16 and float32, not in torch.float64"
-    if facts.columns < CUSPARSE_COLUMNS:
+        return "is the faster one in float32, not in torch.float64"
+    low, high = CUSPARSE_COLUMNS
+    if not low <= facts.columns <= high:
         return (
-            f"is the faster one from {CUSPARSE_COLUMNS} columns of the dense operand, not with "
+            f"is the faster one from {low} to {high} columns of the dense operand, not with "
             f"{facts.columns}"
         )
     if facts.row_entries > CUSPARSE_ROW_ENTRIES:

@@ -52,6 +52,10 @@ class BigBirdTensor(BSRTensor):
 
     Memory: 12 bytes a stored block of each different head, 16 where blocks are counted; at most
     2 * nb + (nb - 2) * (5 + num_random_blocks) blocks a head, nb = N / block_size.
+
+    >>> import sparse_layouts as sl
+    >>> sl.bigbird(6, block_size=1, num_random_blocks=1, source="hf-eval").block_counts()[6:11]
+    tensor([2, 1, 1, 1, 2], dtype=torch.int32)
     """
 
     static_fields: ClassVar[tuple[str, ...]] = (

@@ -171,8 +171,7 @@ def build_pattern(
 
 
 def transpose_pattern(pattern: BlockPattern) -> BlockPattern:
-    """The pattern of the transposed matrix: the two lists change places, slots stay where they are.
-    """
+    """The pattern of the transposed matrix: the two lists change places, slots stay."""
     p = pattern
     tiles = p.tiles
     if tiles is not None:

@@ -19,8 +19,7 @@ def slots_in_row_order(pattern: BlockPattern) -> Tensor:
 
 
 def cells(pattern: BlockPattern) -> Tensor:
-    """int64 (nnzb,), by position in the row lists: (pattern * Mb + block row) * Nb + block column.
-    """
+    """int64 (nnzb,), by position in the row lists: (pattern * Mb + block row) * Nb + column."""
     return (
         entry_rows(pattern.crow_indices, pattern.num_blocks) * pattern.grid[1] + pattern.col_indices
     )

@@ -18,8 +18,8 @@ from sparse_layouts.conversions import into_blocks
 from sparse_layouts.csr_conversions import from_sparse_matrix
 from sparse_layouts.csr_tensor import CSCTensor, CSRTensor
 from sparse_layouts.dense_rows import dense_source, nonzero_blocks
-from sparse_layouts.dispatch import route
-from sparse_layouts.layout_autograd import sampled
+from sparse_layouts.dispatch import dense_bytes, facts_of, permit, record, route
+from sparse_layouts.layout_autograd import sampled, values_of, with_values
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.mask_factories import Device
 from sparse_layouts.matrix_sources import is_scipy
@@ -208,6 +208,21 @@ def _from_blocks(source: Any) -> BSRTensor:
     made = BSRTensor.on_pattern(values, pattern)
     made.validate()
     return made if by_rows else made.transposed()
+
+
+@route(torch.Tensor.sparse_mask, input=LayoutTensor, mask=LayoutTensor)
+def sparse_mask_of_layout(input: LayoutTensor, mask: LayoutTensor) -> LayoutTensor:
+    """`v.sparse_mask(w)` of another layout v: v's entries that w stores, 0 where v stores none;
+    dense inside.
+    """
+    if input.stored_values is not None and input.same_pattern(mask):
+        return with_values(input, values_of(input).clone())
+    kind = type(input).__name__
+    what = f"sparse_mask of a {kind} has no kernel; sampling its dense form."
+    permit(what, dense_bytes(input), input.device.type, "sparse_mask")
+    dense = input.to_dense()
+    record("sparse_mask", "dense fallback", facts_of(dense), dense_bytes(input))
+    return sparse_mask(dense, mask)
 
 
 @route(torch.Tensor.sparse_mask, mask=LayoutTensor)

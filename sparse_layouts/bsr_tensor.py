@@ -51,10 +51,16 @@ class BSRTensor(LayoutTensor):
 
     The shape is (*batch, *lead, M, N): every batch index has values of its own on one pattern;
     leading indices (heads) have a pattern each, and heads of a mask that are equal share one.
-    Memory: nnzb * (bm * bn * itemsize + 12) bytes and 8 bytes a block row and column (8 of the 12
-    are the column lists, which transposed products and gradients use).
+    Memory: nnzb * (bm * bn * itemsize + 12) + 4 * (Mb + Nb + 2) bytes (8 of the 12 and half of the
+    rest are the column lists, which transposed products and gradients use).
 
-    Made by `sl.bsr`, `sl.bsr_mask`, `sl.mask_from` and the mask factories.
+    Made by `sl.bsr`, `sl.bsr_mask`, `sl.mask_from` and the mask factories, which check what they
+    are given; `validate()` raises `ValueError` for broken tensors.
+
+    >>> import torch, sparse_layouts as sl
+    >>> w = sl.bsr(torch.tensor([[1.0, 2, 0, 0], [3, 4, 0, 0], [5, 6, 7, 8], [9, 8, 7, 6]]), 2)
+    >>> w.crow_indices().tolist(), w.col_indices().tolist(), w.values().shape
+    ([0, 1, 3], [0, 0, 1], torch.Size([3, 2, 2]))
     """
 
     fields: ClassVar[tuple[str, ...]] = ("values", *TENSOR_FIELDS)

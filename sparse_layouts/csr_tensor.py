@@ -31,7 +31,12 @@ class CSRTensor(CompressedTensor):
     stored entry. Memory: S * (itemsize + index size) + (M + 1) * index size bytes. `w.mT` is a
     :class:`CSCTensor` on the same three tensors.
 
-    Made by `sl.csr`.
+    Made by `sl.csr`, which checks the lists; `validate()` raises `ValueError` for broken ones.
+
+    >>> import torch, sparse_layouts as sl
+    >>> w = sl.csr(torch.tensor([[1.0, 0, 2, 0], [0, 0, 0, 0], [0, 3, 0, 0], [4, 0, 0, 5]]))
+    >>> w.crow_indices().tolist(), w.col_indices().tolist()
+    ([0, 2, 2, 3, 5], [0, 2, 1, 0, 3])
     """
 
     fields: ClassVar[tuple[str, ...]] = ("values", "crow_indices", "col_indices")
@@ -74,7 +79,12 @@ class CSCTensor(CompressedTensor):
     The shape is (*batch, M, K), as of :class:`CSRTensor`, whose mirror this is: `w.mT` is one, on
     the same three tensors. Memory: S * (itemsize + index size) + (K + 1) * index size bytes.
 
-    Made by `sl.csc`.
+    Made by `sl.csc`, which checks the lists; `validate()` raises `ValueError` for broken ones.
+
+    >>> import torch, sparse_layouts as sl
+    >>> w = sl.csc(torch.tensor([[1.0, 0, 2, 0], [0, 0, 0, 0], [0, 3, 0, 0], [4, 0, 0, 5]]))
+    >>> w.ccol_indices().tolist(), w.row_indices().tolist()
+    ([0, 2, 3, 4, 5], [0, 3, 2, 0, 3])
     """
 
     fields: ClassVar[tuple[str, ...]] = ("values", "ccol_indices", "row_indices")

@@ -51,7 +51,12 @@ class GroupedNMTensor(LayoutTensor):
     matrix, and 2 bytes for every m entries.
 
     Source: the grouped n:m layout of STen, https://arxiv.org/abs/2304.07613, section 5.
-    Made by `sl.grouped_nm`.
+    Made by `sl.grouped_nm`; `validate()` raises `ValueError` for broken tensors.
+
+    >>> import torch, sparse_layouts as sl
+    >>> w = sl.grouped_nm(torch.tensor([[1.0, 0, 2, 0], [0, 3, 0, 4]]), 1, 2, 2)
+    >>> w.to_dense().tolist(), w.nnz
+    ([[1.0, 0.0, 2.0, 0.0], [0.0, 3.0, 0.0, 4.0]], 4)
     """
 
     fields: ClassVar[tuple[str, ...]] = ("values", "columns")

@@ -44,8 +44,7 @@ def unwrapped(layout: Any) -> Any:
 
 
 def as_layout(grad: Tensor, like: L) -> L:
-    """A gradient to a layout in that layout: what arrives dense, or on another pattern, is sampled.
-    """
+    """A gradient to a layout, in that layout: what is dense or of another pattern is sampled."""
     if isinstance(grad, LayoutTensor):
         if grad.same_pattern(like):
             return cast(L, grad)

@@ -56,7 +56,8 @@ def can_transpose(input: LayoutTensor, dim0: int, dim1: int) -> bool:
     with torch._C.DisableTorchFunctionSubclass():
         dims = input.dim()
     own = type(input).transposed is not LayoutTensor.transposed
-    return own and {dim0 % dims, dim1 % dims} == {dims - 1, dims - 2}
+    inside = -dims <= min(dim0, dim1) and max(dim0, dim1) < dims
+    return own and inside and {dim0 % dims, dim1 % dims} == {dims - 1, dims - 2}
 
 
 @route(torch.transpose, input=LayoutTensor, uses=if_taken(can_transpose))
@@ -135,7 +136,9 @@ def scale_or_sample_right(input: Any, other: LayoutTensor) -> Any:
 
 def share_entries(input: LayoutTensor, other: LayoutTensor, **options: Any) -> bool:
     """Whether two layouts have values, of the same entries."""
-    return input.stored_values is not None and input.same_pattern(other)
+    if input.stored_values is None or other.stored_values is None:
+        return False
+    return input.same_pattern(other)
 
 
 @route(torch.mul, input=LayoutTensor, other=LayoutTensor, uses=if_taken(share_entries))
@@ -350,8 +353,7 @@ def _softmax_densely(
 def softmax_of_entries(
     input: LayoutTensor, dim: int, dtype: torch.dtype | None = None
 ) -> LayoutTensor:
-    """`torch.softmax(w, dim)` of any layout: over the stored entries, in the layout; dense inside.
-    """
+    """`torch.softmax(w, dim)` of any layout: over stored entries, in the layout; dense inside."""
     return _softmax_densely(input, dim, dtype, False)
 
 

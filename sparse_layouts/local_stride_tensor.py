@@ -31,6 +31,11 @@ class LocalStrideTensor(BSRTensor):
     `homo_head`, `is_causal` | static | bool | as made
 
     Memory: 12 bytes a stored block of each different head.
+
+    >>> import sparse_layouts as sl
+    >>> mask = sl.local_stride(4, block_size=1, local_blocks=1, vert_stride=2, num_heads=2)
+    >>> mask[1].to_dense().int().tolist()
+    [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 1]]
     """
 
     static_fields: ClassVar[tuple[str, ...]] = (

@@ -189,7 +189,8 @@ def complement_mask(input: BSRTensor) -> BSRTensor:
 
 
 def without_counts(mask: BSRTensor) -> BSRTensor:
-    """The same mask with every block counted once.
+    """The same mask (*lead, M, N) with every block counted once, as a BSRTensor; of a layout with
+    values the pattern's counts alone are dropped. Nothing is copied.
 
     >>> import torch, sparse_layouts as sl
     >>> mask = sl.bsr_mask(torch.tensor([[2, 0], [1, 3]]), 16)

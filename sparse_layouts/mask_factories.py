@@ -252,6 +252,11 @@ def banded(
 def causal(seq_len: int, *, block_size: int, device: Device = None) -> BSRTensor:
     """The causal mask (N, N): token i attends to every j <= i.
 
+    `seq_len` N in tokens, which `block_size` need not divide; bool, built on `device`.
+
+    Raises `TypeError` for sizes that are no ints, `ValueError` for those out of range and for a
+    block that is not square.
+
     >>> import sparse_layouts as sl
     >>> sl.causal(100, block_size=32).nnz == 100 * 101 // 2
     True
@@ -264,6 +269,12 @@ def sliding_window(
     seq_len: int, *, block_size: int, window: int, causal: bool = True, device: Device = None
 ) -> BSRTensor:
     """A window of tokens (N, N): `i - window < j <= i`, or `|i - j| < window` if not causal.
+
+    `seq_len` N and `window` in tokens, neither need be a multiple of `block_size`; bool, built on
+    `device`.
+
+    Raises `TypeError` for sizes that are no ints, `ValueError` for those out of range and for a
+    block that is not square.
 
     >>> import sparse_layouts as sl
     >>> row = sl.sliding_window(1000, block_size=64, window=100).to_dense()[500]
@@ -280,6 +291,11 @@ def sink_window(
 ) -> BSRTensor:
     """A causal window of tokens, and the first `sinks` tokens for everybody (N, N): `j <= i and (i
     - j < window or j < sinks)`.
+
+    `seq_len` N, `window` and `sinks` in tokens; bool, built on `device`.
+
+    Raises `TypeError` for sizes that are no ints, `ValueError` for those out of range and for a
+    block that is not square.
 
     Source: attention sinks, https://arxiv.org/abs/2309.17453.
 

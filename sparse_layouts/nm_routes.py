@@ -17,7 +17,8 @@ from sparse_layouts.nm_tensor import NMTensor
 
 def along_groups(input: NMTensor, dim: int, dtype: torch.dtype | None = None) -> bool:
     """Whether a softmax is over the entries of rows of groups, which are equally many."""
-    return input.stored_values is not None and dim % input.dim() - input.dim() == input.axis
+    dims = input.dim()
+    return input.stored_values is not None and dim in (input.axis, input.axis + dims)
 
 
 @route(torch.softmax, input=NMTensor, uses=if_taken(along_groups))

@@ -50,7 +50,7 @@ class NMTensor(LayoutTensor):
     positions, W = ceil(E / (32 // bits)): 2:4 in bfloat16 takes 1.125 bytes for every entry of the
     dense matrix.
 
-    `w.mT` shares all tensors. Made by `sl.nm`.
+    `w.mT` shares all tensors. Made by `sl.nm`; `validate()` raises `ValueError` for broken tensors.
 
     >>> import torch, sparse_layouts as sl
     >>> w = sl.nm(torch.randn(64, 64, dtype=torch.bfloat16), 2, 4)

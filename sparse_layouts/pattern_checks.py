@@ -88,6 +88,8 @@ def _check_lists(
         )
     if indices.dim() != 1:
         raise ValueError(f"{indices_name}: expected one dimension, got {tuple(indices.shape)}")
+    if offsets.shape[0] == 0 and indices.shape[0] == 0:
+        return  # no head, and nothing stored
     flat = offsets.flatten()
     ends = torch.cat([offsets[:, -1], offsets[:, -1].new_tensor([indices.shape[0]])])
     starts = torch.cat([offsets[:, 0], offsets[:, -1][-1:]])

@@ -125,8 +125,14 @@ def copy_(func: Any, args: Any, kwargs: Any) -> Any:
                 "(load_state_dict(..., assign=True)); to keep this pattern, sample: "
                 "x.to_dense().sparse_mask(w)."
             )
-        if into.stored_values is not None:
-            into.stored_values.copy_(other.stored_values)
+        if into.stored_values is None:
+            return target
+        if other.stored_values is None:
+            raise TypeError(
+                f"copy_: the mask {short(other)} has no values to copy; take "
+                f"mask.to({into.dtype}) first"
+            )
+        into.stored_values.copy_(other.stored_values)
         return target
     if into.stored_values is None:
         if source.dtype == torch.bool and torch.equal(
@@ -146,7 +152,9 @@ def copy_(func: Any, args: Any, kwargs: Any) -> Any:
             "torch.optim.AdamW(parameters, fused=True)."
         )
     taken = into.sample(source.expand(into.shape))
-    if not torch.equal(taken.to_dense_entries(), source.expand(into.shape).to(taken.device)):
+    kept, whole = taken.to_dense_entries(), source.expand(into.shape).to(taken.device)
+    # NaN equals nothing, so that it is asked for only where something differs
+    if not torch.equal(kept, whole) and not bool(((kept == whole) | kept.isnan()).all()):
         raise ValueError(
             f"copy_: the dense tensor has non-zero entries that {short(into)} does not store. Drop "
             f"them knowingly: "

@@ -146,6 +146,9 @@ def short(value: Any) -> str:
     return repr(value)
 
 
+_TAKE_MASKS = (aten.masked_fill_.Scalar, aten.masked_fill_.Tensor)
+
+
 def _values_of(value: Any, like: LayoutTensor, what: Any) -> Any:
     """An operand of a pointwise operator in terms of `like`'s stored values; raises for what has
     entries elsewhere.
@@ -157,6 +160,11 @@ def _values_of(value: Any, like: LayoutTensor, what: Any) -> Any:
                 f"{what}: the operands store different entries ({short(other)} and "
                 f"{short(like)}). Sample one onto the other: "
                 "x.to_dense().sparse_mask(w)."
+            )
+        if other.stored_values is None and what not in _TAKE_MASKS:
+            raise TypeError(
+                f"{what}: the mask {short(other)} has no values to compute with; take "
+                f"mask.to({like.dtype}) first"
             )
         return other.stored_values
     if isinstance(value, Tensor) and value.dim() > 0:

@@ -300,8 +300,7 @@ def is_below(name: str, package: str) -> bool:
 
 
 def is_implementation(base: str) -> bool:
-    """Whether a file of an op computes: what checks operands or describes the op may know layouts.
-    """
+    """Whether a file of an op computes: what checks operands or describes may know layouts."""
     return base.startswith(("reference", "cpu", "triton_", "hopper_", "tile_schedule"))
 
 

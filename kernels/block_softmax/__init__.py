@@ -115,6 +115,8 @@ def _softmax(layout: BSRTensor, dim: int, dtype: torch.dtype | None, log: bool) 
         raise TypeError(f"{what}: dim is needed, -1 for the softmax of each row")
     if not layout.dtype.is_floating_point and dtype is None:
         raise TypeError(f"{what}: expected a floating dtype, got {layout.dtype}")
+    if not -layout.dim() <= dim < layout.dim():
+        raise IndexError(f"{what}: expected a dimension of {layout.dim()}, got {dim}")
     axis = dim % layout.dim()
     if axis < layout.dim() - 2:
         raise ValueError(

@@ -21,18 +21,22 @@ from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES, kernel_signature
 
 # Measured on one H200, W 4096 x 4096 of uniform density 0.01 and 0.1 and of a power law (0.006),
-# 2026-11-21, before pieces were sorted by length and the entries of a step read ahead.
+# 2026-11-21.
 # Entries of a piece: where rows have up to SHORT_ROWS entries on average, or more. Power law,
 # N = 512, fp32: 74.5 us at 256, 80.0 at 512; at 0.1 all rows fit into 512.
 SHORT_ROWS, SHORT_PIECE, LONG_PIECE = 128, 256, 512
 # (pieces of a tile, entries of a step, warps) by the columns of a tile: the widest tile that x's
-# columns fill within TILE_BYTES of a row of x, or the narrowest. N = 512 in microseconds at 0.01,
-# 0.1 and the power law: bf16 128 x (1, 8, 2) 63, 233, 65, 64 x (1, 16, 2) 66, 248, 62; fp32
-# 73, 330, 66 and 66, 324, 60. 16 and 4 columns were not measured.
-TILE_BYTES = 256
+# columns fill, at most so many for an element's bytes, or the narrowest. N = 512 in microseconds at
+# 0.01, 0.1 and the power law, with pieces sorted by length: bf16 512 x (1, 8, 2) 31, 206, 27, 256 x
+# (1, 8, 1) 37, 208, 36, 128 x (1, 4, 1) 42, 227, 37, 64 x (1, 16, 1) 47, 215, 41; fp32 128 x
+# (1, 4, 1) 51, 290, 43, 256 x (1, 4, 1) 65, 264, 52, 64 x (1, 16, 1) 60, 317, 51. fp64, and 16 and
+# 4 columns, were not measured.
+MOST_COLUMNS = {2: 512, 4: 128, 8: 32}
 CONFIGS = {
-    128: (1, 8, 2),
-    64: (1, 16, 2),
+    512: (1, 8, 2),
+    256: (1, 8, 1),
+    128: (1, 4, 1),
+    64: (1, 16, 1),
     32: (1, 32, 1),
     16: (4, 16, 4),
     4: (8, 32, 4),
@@ -328,7 +332,7 @@ def compilations() -> Iterator[Compilation]:
     """Every configuration: columns, dtypes, index dtypes, long rows, permuted values."""
     for columns in CONFIGS:
         for dtype in DTYPE_NAMES:
-            if columns == 1 or columns * dtype.itemsize <= TILE_BYTES:
+            if columns <= MOST_COLUMNS[dtype.itemsize]:
                 yield _compilation(dtype, columns, "i32")
     yield _compilation(torch.bfloat16, 128, "i64")
     yield _compilation(torch.bfloat16, 128, "i32", permuted=True)
@@ -352,7 +356,7 @@ def _config(
     columns: int, element_bytes: int, long_rows: bool
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """The constant arguments and the launch options."""
-    most = min(columns, TILE_BYTES // element_bytes)
+    most = min(columns, MOST_COLUMNS[element_bytes])
     tile_n = next((size for size in CONFIGS if size <= most), min(CONFIGS))
     config = LONG_ROWS_VECTOR if long_rows and tile_n == 1 else CONFIGS[tile_n]
     tile_p, tile_e, warps = config

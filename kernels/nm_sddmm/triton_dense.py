@@ -99,7 +99,7 @@ def nm_sddmm_in_scratch_memory(a: Tensor, b: Tensor, indices: Tensor, *, n: int,
         left, right = a[batches, own, part], b[batches, own]
         dense = scratch.take(*left.shape[:3], columns)
         multiply_into(dense, left, right)
-        gather_into(values[batches, own, part], dense, indices[own], n=n, m=m)
+        gather_into(values[batches, own, part], dense, indices[own, part], n=n, m=m)
     return values
 
 

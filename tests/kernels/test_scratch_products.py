@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparse_layouts.kernels.nm_matmul import reference, scratch_products
 from sparse_layouts.kernels.nm_matmul.scratch_products import (
+    ROW_BYTES,
     ScratchMatrices,
     multiply_into,
     pieces,
@@ -77,8 +78,8 @@ CASES = {
     "rows": NMCase("rows", (70, 12), (2, 4), patterns=2, batch=2, width=20),
     "rows_shared": NMCase("rows_shared", (70, 12), (1, 8), batch=3, share=True, width=20),
     "rows_flipped": NMCase("rows_flipped", (77, 9), (3, 5), width=33, flip=True, dense="step"),
-    "columns_of_two": NMCase("columns_of_two", (33, 99), (1, 2), width=20, transposed=True),
-    "columns": NMCase("columns", (33, 70), (2, 4), width=20, transposed=True, batch=2),
+    "columns_of_two": NMCase("columns_of_two", (140, 35), (1, 2), width=20, transposed=True),
+    "columns": NMCase("columns", (70, 24), (2, 4), width=20, transposed=True, batch=2),
     "columns_odd": NMCase("columns_odd", (20, 37), (3, 5), width=20, transposed=True, flip=True),
     "wide": NMCase("wide", (5, 260), (4, 8), width=18),
     "sixteen": NMCase("sixteen", (40, 9), (8, 16), width=18, share_x=True, batch=2),
@@ -128,7 +129,7 @@ def test_in_many_pieces(
     call = built(op, name, dtype)
     check_call(op, call, kernel(op)(*call.args, **call.kwargs))
     assert len(taken) > 1, "one piece"
-    assert max(taken) <= budget * 1.1  # what aligns the rows of a part is not counted
+    assert max(taken) <= budget + 2 * 140 * ROW_BYTES  # what aligns the rows of a part comes on top
 
 
 @pytest.mark.interpreter

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import sparse_layouts as sl
+from tests import rounding
 from tests.sparse_layouts.user_csc import CscTensor, csc_times_dense
 
 csc_times_dense.unregister()  # the suites run on README's layout by the fallback alone
@@ -333,16 +334,4 @@ def random_blocks() -> Callable[..., Tensor]:
 
 @pytest.fixture
 def assert_close() -> Callable[..., None]:
-    def check(actual: Tensor, expected: Tensor, *, scale: float | None = None) -> None:
-        """Equal up to a few roundings: 8 eps times the norm of what was expected, or `scale`."""
-        assert type(actual) is Tensor or isinstance(actual, sl.LayoutTensor)
-        actual = actual.to_dense() if isinstance(actual, sl.LayoutTensor) else actual
-        expected = expected.to_dense() if isinstance(expected, sl.LayoutTensor) else expected
-        assert actual.dtype == expected.dtype
-        tolerance = 0.0
-        if expected.is_floating_point():
-            norm = expected.detach().nan_to_num(0, 0, 0).norm().item() if scale is None else scale
-            tolerance = 8 * torch.finfo(expected.dtype).eps * norm
-        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, equal_nan=True)
-
-    return check
+    return rounding.assert_close
