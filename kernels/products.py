@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from sparse_layouts.dispatch import Use, current, restored
-from sparse_layouts.layout_autograd import apply, as_layout, differentiates, unwrapped
+from sparse_layouts.layout_autograd import (
+    apply,
+    as_layout,
+    check_version,
+    differentiates,
+    unwrapped,
+    version_of,
+)
 from sparse_layouts.layout_routes import transpose_layout
 from sparse_layouts.layout_tensor import LayoutTensor
 
@@ -51,8 +58,12 @@ class LayoutProduct(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.family = inputs[0]
-        ctx.save_for_backward(inputs[1], inputs[2])
-        ctx.settings = current()
+        x = inputs[2]
+        # the gradient to a frozen layout is all that reads x; a compiler looks for itself
+        reads_x = ctx.needs_input_grad[1] or torch.compiler.is_compiling()
+        ctx.save_for_backward(inputs[1], x if reads_x else None)
+        ctx.shape = None if reads_x else x.shape
+        ctx.settings, ctx.version = current(), version_of(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -63,7 +74,9 @@ class LayoutProduct(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 dlayout = as_layout(sampled_and_summed(family, grad, x.mT, layout), layout)
             if ctx.needs_input_grad[2]:
-                dx = product(family, transposed(layout), grad).sum_to_size(x.shape)
+                check_version(layout, ctx.version)
+                shape = x.shape if ctx.shape is None else ctx.shape
+                dx = product(family, transposed(layout), grad).sum_to_size(shape)
         return None, dlayout, dx, None
 
 

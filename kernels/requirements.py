@@ -1,6 +1,5 @@
-"""What kernels require, as pure functions of a call's facts:
-
-None, or one line why not. Imports neither Triton nor a GPU.
+"""What kernels require, as pure functions of a call's facts: None, or one line why not. Imports
+neither Triton nor a GPU.
 """
 
 from __future__ import annotations
@@ -66,10 +65,12 @@ def triton_attention(facts: Facts) -> str | None:
 # Columns of the dense operand from which another way of reading W wins. MKL's CSR product reads W
 # once, but computes slowly: 4096 x 4096 at 2:4 in fp32, two cores of an EPYC 9004, 2026-11-21.
 MKL_COLUMNS = 32
-# cuSPARSELt is for wide operands: 4096 x 4096 in bfloat16 took it 30 us at 512 columns, where
-# cuBLAS took 24 on a dense matrix, and 134 us at 4096 columns, where cuBLAS took 174 (one H200,
-# 2026-11-21).
-SEMI_STRUCTURED_COLUMNS = 1024
+# cuSPARSELt is for very wide operands: a call costs 480 us of CPU, and its kernel is hardly faster.
+# One H200, bf16, 2026-11-21, microseconds of it and of W expanded in scratch memory, called one
+# after the other: 4096 x 4096 and 4096 columns 549 and 217, 8192 columns 549 and 426; 8192 x 8192
+# and 4096 columns 741 and 905, 8192 columns 1421 and 1706 (by F.linear, whose operand lies by
+# columns, 1691 and 1703). In a CUDA graph, 4096 x 4096 and 4096 columns: 216 and 192.
+SEMI_STRUCTURED_COLUMNS = 16384
 # From here on (17 columns, rounded up) it is worth writing W out densely for cuBLAS, which reads it
 # at the speed of memory: 4096 x 4096 at 2:4 in bfloat16 and 16 columns took the kernel that
 # expands in registers 30 us, cuBLAS 14; writing moves 50 MB, some 15 us; at 512 columns 164 and 24
@@ -158,9 +159,9 @@ def triton_csr(facts: Facts) -> str | None:
 
 
 # Where cuSPARSE is the faster one: short rows, neither few nor many columns. Microseconds of ours
-# and of it in fp32, 4096 x 4096, one H200, 2026-11-21, at 64, 128, 256 and 512 columns: density 0.01
-# (42 entries a row) 19 and 20, 25 and 23, 40 and 32, 51 and 55; a power law (26) 19 and 15, 23 and
-# 17, 36 and 25, 43 and 41; density 0.1 (411): ours everywhere, by 1.04 to 1.6.
+# and of it in fp32, 4096 x 4096, one H200, 2026-11-21, at 64, 128, 256 and 512 columns: density
+# 0.01 (42 entries a row) 17 and 20, 25 and 22, 34 and 32, 51 and 55; a power law (26) 17 and 15, 23
+# and 17, 30 and 25, 43 and 41; density 0.1 (411): ours everywhere, by 1.2 to 3.
 CUSPARSE_COLUMNS = (128, 256)
 CUSPARSE_ROW_ENTRIES = 64
 

@@ -1,7 +1,5 @@
-"""`sl.bsr`:
-
-a block-sparse tensor from a dense one, from another layout, from scipy's or torch's own sparse
-matrices; `sparse_mask` onto any layout.
+"""`sl.bsr`: a block-sparse tensor from a dense one, from another layout, from scipy's or torch's
+own sparse matrices; `sparse_mask` onto any layout.
 """
 
 from __future__ import annotations
@@ -227,9 +225,8 @@ def sparse_mask_of_layout(input: LayoutTensor, mask: LayoutTensor) -> LayoutTens
 
 @route(torch.Tensor.sparse_mask, mask=LayoutTensor)
 def sparse_mask(input: Tensor, mask: LayoutTensor) -> LayoutTensor:
-    """`x.sparse_mask(w)`:
-
-    the entries of a dense x that w stores, in w's layout; differentiable in x.
+    """`x.sparse_mask(w)`: the entries of a dense x that w stores, in w's layout; differentiable in
+    x.
     """
     tail = mask.pattern_dims
     if tuple(input.shape[-tail:]) != tuple(mask.shape[-tail:]):

@@ -26,7 +26,7 @@ from sparse_layouts.block_values import (
 )
 from sparse_layouts.derived import derived, derived_bytes
 from sparse_layouts.layout_tensor import LayoutTensor
-from sparse_layouts.matrix_sources import scipy_data
+from sparse_layouts.matrix_sources import nested_lists, scipy_data
 from sparse_layouts.pattern_checks import check_pattern
 
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ class BSRTensor(LayoutTensor):
             return make(crow - first if first else crow, p.col_indices[first:last], each)
 
         made = [one(b, h) for b in range(flat.shape[0]) for h in range(math.prod(p.lead))]
-        return _nested(made, (*batch, *p.lead))
+        return nested_lists(made, (*batch, *p.lead))
 
     def _one_scipy(self, crow: Tensor, col: Tensor, values: Tensor) -> Any:
         import scipy.sparse
@@ -407,14 +407,6 @@ def _is_eager(pattern: BlockPattern) -> bool:
         and torch._C._functorch.maybe_current_level() is None
         and not (lists.is_cuda and torch.cuda.is_current_stream_capturing())
     )
-
-
-def _nested(items: list[Any], sizes: tuple[int, ...]) -> Any:
-    """Items in row-major order as lists of these sizes; without sizes the one item itself."""
-    if not sizes:
-        return items[0]
-    step = len(items) // max(sizes[0], 1)
-    return [_nested(items[i * step : (i + 1) * step], sizes[1:]) for i in range(sizes[0])]
 
 
 def _mask_values(pattern: BlockPattern) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparse_layouts.csr_lists import densify, entry_rows, first_fault, gather, is_plain
 from sparse_layouts.derived import derived, derived_bytes
 from sparse_layouts.layout_tensor import LayoutTensor
-from sparse_layouts.matrix_sources import scipy_data
+from sparse_layouts.matrix_sources import nested_lists, scipy_data
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -184,7 +184,9 @@ class CompressedTensor(LayoutTensor):
     def _each_matrix(self, make: Any) -> Any:
         values = self.inner_values
         values = self.ones(torch.bool) if values is None else values.detach()
-        return _nested(values, make)
+        batch = values.shape[:-1]
+        flat = values.reshape(math.prod(batch), values.shape[-1])
+        return nested_lists([make(each) for each in flat], batch)
 
     def _one_scipy(self, values: Tensor) -> Any:
         import scipy.sparse
@@ -263,10 +265,3 @@ class CompressedTensor(LayoutTensor):
 
 def _extremes(indices: Tensor) -> str:
     return f"{int(indices.min())} to {int(indices.max())}" if indices.numel() else "none"
-
-
-def _nested(values: Tensor, make: Any) -> Any:
-    """`make` of each vector of values (*batch, S), as lists of lists."""
-    if values.dim() == 1:
-        return make(values)
-    return [_nested(v, make) for v in values]

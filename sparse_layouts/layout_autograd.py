@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast
+import weakref
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -50,6 +51,38 @@ def as_layout(grad: Tensor, like: L) -> L:
             return cast(L, grad)
         grad = grad.to_dense_entries()
     return like.sample(grad)
+
+
+class Version(NamedTuple):
+    """How often a saved layout's values had been written to, through whatever shares them."""
+
+    values: weakref.ref[Tensor]
+    writes: int
+
+
+def version_of(layout: Any) -> Version | None:
+    """To be kept beside a layout whose values backward reads; None while code is traced."""
+    values = unwrapped(layout).stored_values
+    if type(values) is not Tensor or values.is_inference() or torch.compiler.is_compiling():
+        return None
+    return Version(weakref.ref(values), values._version)
+
+
+def check_version(layout: LayoutTensor, saved: Version | None) -> None:
+    """Raises where a saved layout's values were written to since, which autograd sees for the
+    layout itself, not for its transpose, its slices and `w.values()`.
+    """
+    values = layout.stored_values
+    # a saved tensor hook (offloading) brings back a copy from before the write
+    if saved is None or values is None or values is not saved.values():
+        return
+    if values._version == saved.writes:
+        return
+    raise RuntimeError(
+        f"backward: expected the values that {layout!r} had in the forward pass, got a layout that "
+        "was written to since, through its transpose, a slice or w.values(); write before the "
+        "forward pass, after backward, or to a copy: w.clone()"
+    )
 
 
 class ToDense(torch.autograd.Function):

@@ -69,3 +69,11 @@ def each_matrix(stack: Tensor, make: Callable[[Tensor], Any]) -> Any:
     if stack.dim() == 2:
         return make(stack)
     return [each_matrix(part, make) for part in stack]
+
+
+def nested_lists(items: list[Any], sizes: tuple[int, ...]) -> Any:
+    """Items in row-major order as lists of these sizes; without sizes the one item itself."""
+    if not sizes:
+        return items[0]
+    step = len(items) // max(sizes[0], 1)
+    return [nested_lists(items[i * step : (i + 1) * step], sizes[1:]) for i in range(sizes[0])]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparse_layouts.bsr_tensor import _nested
 from sparse_layouts.derived import derived_bytes
 from sparse_layouts.layout_tensor import LayoutTensor
+from sparse_layouts.matrix_sources import nested_lists
 from sparse_layouts.nm_checks import check_layout
 from sparse_layouts.nm_packing import (
     entry_columns,
@@ -276,7 +276,7 @@ class NMTensor(LayoutTensor):
             for sample in values
             for p in range(patterns)
         ]
-        return _nested(made, (*batch, *self.lead))
+        return nested_lists(made, (*batch, *self.lead))
 
     def validate(self) -> None:
         """Checks every invariant of indices and values; raises `ValueError` that names the first

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from sparse_layouts.dispatch import Layout, dense_bytes, facts_of, permit, record
 from sparse_layouts.index_identity import being_traced
-from sparse_layouts.stored_entries import aten, handles, short
+from sparse_layouts.stored_entries import aten, count_write, handles, short
 
 
 @handles(aten.detach.default, aten.alias.default, aten.view_as.default)
@@ -133,6 +133,7 @@ def copy_(func: Any, args: Any, kwargs: Any) -> Any:
                 f"mask.to({into.dtype}) first"
             )
         into.stored_values.copy_(other.stored_values)
+        count_write(into)
         return target
     if into.stored_values is None:
         if source.dtype == torch.bool and torch.equal(
@@ -143,6 +144,7 @@ def copy_(func: Any, args: Any, kwargs: Any) -> Any:
     if source.dim() == 0:
         into.stored_values.copy_(source)
         into.clear_unstored()
+        count_write(into)
         return target
     if being_traced():
         raise NotImplementedError(
@@ -161,6 +163,7 @@ def copy_(func: Any, args: Any, kwargs: Any) -> Any:
             "w.copy_(x.sparse_mask(w))."
         )
     into.stored_values.copy_(taken.stored_values)
+    count_write(into)
     return target
 
 

@@ -178,6 +178,17 @@ def _values_of(value: Any, like: LayoutTensor, what: Any) -> Any:
     return value
 
 
+def count_write(layout: Any) -> None:
+    """Tells autograd that a layout's values were written to below it.
+
+    A transpose or a slice on the same memory, or an operation on `w.values()`, may have saved them:
+    its backward pass then raises, as torch's does, instead of computing with what is there now.
+    """
+    values = layout.stored_values
+    if type(values) is Tensor and not values.is_inference():  # no other: it is being traced
+        torch.autograd.graph.increment_version(values)
+
+
 def pointwise(func: Any, args: Any, kwargs: Any) -> Any:
     """A pointwise operator, in place or not, on the stored entries."""
     if "out" in kwargs:
@@ -194,6 +205,7 @@ def pointwise(func: Any, args: Any, kwargs: Any) -> Any:
     out = func(*unwrapped, **named)
     if target is not None:
         like.clear_unstored()
+        count_write(like)
         return target
     result = like.like_self(out)
     result.clear_unstored()
@@ -210,6 +222,7 @@ def pointwise_into(func: Any, args: Any, kwargs: Any) -> Any:
     unwrapped = [_values_of(a, like, func) for a in args]
     func(*unwrapped, **{k: _values_of(v, like, func) for k, v in kwargs.items()})
     like.clear_unstored()
+    count_write(like)
     return out
 
 
@@ -230,6 +243,7 @@ def fill(func: Any, args: Any, kwargs: Any) -> Any:
         raise TypeError(f"{func}: a mask layout has no values")
     func(args[0].stored_values, *args[1:], **kwargs)
     args[0].clear_unstored()
+    count_write(args[0])
     return args[0]
 
 
@@ -249,6 +263,7 @@ def masked_fill_(func: Any, args: Any, kwargs: Any) -> Any:
         ).stored_values.bool()
     func(target.stored_values, chosen, value)
     target.clear_unstored()
+    count_write(target)
     return target
 
 
@@ -323,6 +338,7 @@ def _count_writes(func: Any, args: Any, kwargs: Any) -> None:
         for layout in written if isinstance(written, (list, tuple)) else [written]:
             if isinstance(layout, Layout) and not layout.is_inference():  # type: ignore[attr-defined]
                 torch.autograd.graph.increment_version(layout)  # type: ignore[arg-type]
+                count_write(layout)
 
 
 def layouts_of(values: Any) -> bool:

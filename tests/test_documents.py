@@ -1,7 +1,10 @@
-"""The pages' tables against the library: what README.md says of every layout and sparsifier."""
+"""The pages' tables against the library: what README.md says of every layout and sparsifier; and
+the form of docstrings.
+"""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import math
 import re
@@ -140,13 +143,14 @@ def check_cell(cell: str, explained: Explanation, call: Callable[[], torch.Tenso
 def test_products(side: str, name: str, cell: str) -> None:
     w = with_values(name)
     a, b = torch.randn(8, w.shape[0]), torch.randn(w.shape[1], 8)
-    function, args = {
+    calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         "left": (torch.matmul, (w, b)),
         "right": (torch.matmul, (a, w)),
         "transposed": (torch.matmul, (w.mT, a.mT)),
         "linear": (F.linear, (b.mT, w)),
         "sddmm": (sl.sddmm, (a.mT.clone().requires_grad_(), b.mT, w.pattern)),
-    }[side]
+    }
+    function, args = calls[side]
     check_cell(cell, sl.explain(function, *args), lambda: function(*args))
 
 
@@ -219,6 +223,49 @@ def test_every_sparsifier_has_a_row_with_its_scope() -> None:
         if inspect.isclass(cls := getattr(sl, name)) and issubclass(cls, sl.Sparsifier)
     }
     assert names(" ".join(row["`keep=`"] for row in rows)) == public - {"Sparsifier"}
+
+
+# --- docstrings -----------------------------------------------------------------------------------
+
+FOLDERS = ("sparse_layouts", "dispatch", "kernels", "benchmarks", "tests")
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef
+
+
+def torn(source: str) -> list[str]:
+    """The first paragraphs of docstrings that stop in the middle of a sentence."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        text = ast.get_docstring(node) if isinstance(node, Documented) else None
+        first = (text or "").partition("\n\n")[0].rstrip()
+        if first.endswith((":", ";", ",")) and not first.endswith("::"):
+            found.append(first)
+    return found
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_first_sentence_of_a_docstring_is_whole(folder: str) -> None:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    assert not {str(f): t for f in files if (t := torn(f.read_text(encoding="utf-8")))}
+
+
+@pytest.mark.parametrize("name", sl.__all__)
+def test_a_public_name_says_what_it_is_and_shows_it(name: str) -> None:
+    text = getattr(sl, name).__doc__
+    assert text
+    assert ">>> " in text
+
+
+def test_a_module_says_what_it_is() -> None:
+    for folder in FOLDERS:
+        for file in (ROOT / folder).rglob("*.py"):
+            source = file.read_text(encoding="utf-8")
+            assert not source.strip() or ast.get_docstring(ast.parse(source)), file
+
+
+def test_a_torn_sentence_is_found() -> None:
+    source = '''"""A table:\n\nof rows."""\ndef f():\n    """Whole.\n\n    And: more."""\n'''
+    assert torn(source) == ["A table:"]
 
 
 # --- the reader itself ----------------------------------------------------------------------------

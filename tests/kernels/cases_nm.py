@@ -106,6 +106,8 @@ CASES = [
     NMCase("expanded", (32, 16), batch=2, dense="expand_0", values="expand_0"),
     NMCase("heads_last", (40, 12), patterns=3, batch=2, dense="heads_last", transposed=True),
     NMCase("wide", (64, 32), width=513, flip=True),
+    NMCase("very_wide", (64, 128), width=8193, flip=True),
+    NMCase("very_wide_patterns", (128, 64), width=8200, patterns=2, batch=2, dense="mT"),
     NMCase("wide_patterns", (128, 16), width=600, patterns=2, batch=2, dense="mT"),
     NMCase("wide_transposed", (64, 32), width=513, transposed=True),
     NMCase("many_rows", (2100, 160), width=40, dense="mT"),

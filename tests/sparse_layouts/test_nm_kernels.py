@@ -75,7 +75,7 @@ def on_gpu(**changes: object) -> Facts:
         "capability": (9, 0),
         "triton": (3, 6, 0),
         "n_of_m": (2, 4),
-        "columns": 4096,
+        "columns": 16384,
         "divisor": 64,
         "cusparselt": True,
     }
@@ -86,7 +86,7 @@ SEMI_STRUCTURED: dict[str, tuple[dict[str, object], str]] = {
     "n:m": ({"n_of_m": (1, 4)}, "takes 2:4, not 1:4"),
     "dtype": ({"dtype": torch.float32}, "takes float16 and bfloat16, not torch.float32"),
     "transposed": ({"transposed": True}, "not its transpose"),
-    "columns": ({"columns": 16}, "1024 or more columns of the dense operand, not 16"),
+    "columns": ({"columns": 16}, "16384 or more columns of the dense operand, not 16"),
     "sizes": ({"divisor": 32}, "sizes 64 divides, here it is 32"),
     "capability": ({"capability": (7, 5)}, "capability 8.0 or newer, found 7.5"),
     "library": ({"cusparselt": False}, "needs cuSPARSELt"),
