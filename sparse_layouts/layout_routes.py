@@ -349,7 +349,10 @@ def _softmax_densely(
     return sampled(out, layout)
 
 
-@route(torch.softmax, input=LayoutTensor)
+dense_inside = if_taken(lambda *args, **kwargs: False)  # for `sl.explain`: the dense fallback
+
+
+@route(torch.softmax, input=LayoutTensor, uses=dense_inside)
 def softmax_of_entries(
     input: LayoutTensor, dim: int, dtype: torch.dtype | None = None
 ) -> LayoutTensor:
@@ -357,7 +360,7 @@ def softmax_of_entries(
     return _softmax_densely(input, dim, dtype, False)
 
 
-@route(torch.log_softmax, input=LayoutTensor)
+@route(torch.log_softmax, input=LayoutTensor, uses=dense_inside)
 def log_softmax_of_entries(
     input: LayoutTensor, dim: int, dtype: torch.dtype | None = None
 ) -> LayoutTensor:
@@ -365,7 +368,7 @@ def log_softmax_of_entries(
     return _softmax_densely(input, dim, dtype, True)
 
 
-@route(torch.sparse.sampled_addmm, input=LayoutTensor)
+@route(torch.sparse.sampled_addmm, input=LayoutTensor, uses=dense_inside)
 def sampled_addmm_densely(
     input: Any, mat1: Tensor, mat2: Tensor, *, beta: float = 1.0, alpha: float = 1.0
 ) -> LayoutTensor:

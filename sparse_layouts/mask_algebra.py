@@ -192,11 +192,15 @@ def without_counts(mask: BSRTensor) -> BSRTensor:
     """The same mask (*lead, M, N) with every block counted once, as a BSRTensor; of a layout with
     values the pattern's counts alone are dropped. Nothing is copied.
 
+    Raises `TypeError` for what is no block layout.
+
     >>> import torch, sparse_layouts as sl
     >>> mask = sl.bsr_mask(torch.tensor([[2, 0], [1, 3]]), 16)
     >>> mask.block_counts().tolist(), sl.without_counts(mask).block_counts()
     ([2, 1, 3], None)
     """
+    if not isinstance(mask, BSRTensor):
+        raise TypeError(f"without_counts: expected a block layout, got {type(mask).__name__}")
     return BSRTensor.on_pattern(mask.inner_values, mask.block_pattern._replace(block_counts=None))
 
 

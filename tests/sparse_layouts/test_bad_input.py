@@ -219,6 +219,11 @@ FACTORIES: dict[str, Case] = {
 }
 
 OPERATIONS: dict[str, Case] = {
+    "without_counts of a dense tensor": (
+        lambda: sl.without_counts(torch.eye(4)),  # type: ignore[arg-type]
+        TypeError,
+        "expected a block layout, got Tensor",
+    ),
     "matmul of another length": (
         lambda: W @ torch.ones(N + 1, 2),
         ValueError,

@@ -186,6 +186,15 @@ def test_explain_and_trace_name_the_kernel(dtype: torch.dtype) -> None:
     assert [step.what for step in steps] == ["grouped_nm_matmul"]
 
 
+def test_a_softmax_is_dense_and_explain_says_so(assert_close: Check) -> None:
+    w = sl.grouped_nm(torch.randn(8, 24, dtype=F64), 2, 4, 4)
+    assert sl.explain(torch.softmax, w, -1).kernel == "dense fallback"
+    with pytest.warns(sl.DenseFallbackWarning, match="softmax of a GroupedNMTensor"):
+        out = torch.softmax(w, -1)
+    dense = w.to_dense()
+    assert_close(out, dense.masked_fill(dense == 0, -math.inf).softmax(-1).nan_to_num(0.0))
+
+
 def test_a_sparse_argument_is_taken_too(assert_close: Check) -> None:
     dense = torch.randn(8, 24, dtype=F64)
     assert_close(sl.grouped_nm(sl.bsr(dense, 8), 2, 4, 4), sl.grouped_nm(dense, 2, 4, 4))
