@@ -81,7 +81,7 @@ CASES = {
     "columns_of_two": NMCase("columns_of_two", (140, 35), (1, 2), width=20, transposed=True),
     "columns": NMCase("columns", (70, 24), (2, 4), width=20, transposed=True, batch=2),
     "columns_odd": NMCase("columns_odd", (20, 37), (3, 5), width=20, transposed=True, flip=True),
-    "wide": NMCase("wide", (5, 260), (4, 8), width=18),
+    "wide": NMCase("wide", (9, 130), (4, 8), width=18),
     "sixteen": NMCase("sixteen", (40, 9), (8, 16), width=18, share_x=True, batch=2),
 }
 
