@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import torch
 
-from benchmarks import bigbird, cpu, gpu, layouts
+from benchmarks import bigbird, cpu, gpu, gpu_layouts, layouts
 from benchmarks.timing import Row, selected
 from sparse_layouts import info
 
@@ -183,9 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: --device cuda: torch sees no CUDA device", file=sys.stderr)
         return 1
     with_cpu = options.device != "cuda"
-    known = ([*cpu.NAMES, *layouts.NAMES, *bigbird.NAMES] if with_cpu else []) + (
-        gpu.names(options.quick) if with_gpu else []
-    )
+    known = [*cpu.NAMES, *layouts.NAMES, *bigbird.NAMES] if with_cpu else []
+    if with_gpu:
+        known += [*gpu.names(options.quick), *gpu_layouts.NAMES]
     if options.list:
         print("\n".join(known))
         return 0
@@ -208,7 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     rows: list[Row] = []
     if with_gpu:
-        rows += gpu.run(options.only, options.quick, tell, begin + 60 * options.minutes)
+        deadline = begin + 60 * options.minutes
+        rows += gpu.run(options.only, options.quick, tell, deadline)
+        rows += gpu_layouts.run(options.only, options.quick, tell, deadline)
     if with_cpu:
         rows += cpu.run(options.only, options.quick, tell)
         rows += layouts.run(options.only, options.quick, tell)
