@@ -37,6 +37,13 @@ def triton(facts: Facts) -> str | None:
     return None
 
 
+def triton_floats(facts: Facts) -> str | None:
+    """As `triton`, in fp16, bf16, fp32 or fp64."""
+    if facts.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"takes float16, bfloat16, float32 and float64, not {facts.dtype}"
+    return triton(facts)
+
+
 def _power_of_two_blocks(facts: Facts) -> str | None:
     for edge in facts.block_size:
         if edge < 16 or edge & (edge - 1):
@@ -46,9 +53,7 @@ def _power_of_two_blocks(facts: Facts) -> str | None:
 
 def triton_blocks(facts: Facts) -> str | None:
     """As `triton`, and blocks that are powers of two from 16, in fp16, bf16, fp32 or fp64."""
-    if facts.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        return f"takes float16, bfloat16, float32 and float64, not {facts.dtype}"
-    return triton(facts) or _power_of_two_blocks(facts)
+    return triton_floats(facts) or _power_of_two_blocks(facts)
 
 
 def triton_attention(facts: Facts) -> str | None:
@@ -118,20 +123,13 @@ def semi_structured(facts: Facts) -> str | None:
 
 
 def triton_expand_nm(facts: Facts) -> str | None:
-    """As `triton_nm`, for columns that repay writing the matrix out densely in scratch memory."""
+    """As `triton_floats`, for columns that repay writing the matrix out densely in scratch."""
     if facts.columns < EXPAND_COLUMNS:
         return (
             f"expands the matrix in scratch memory, for {EXPAND_COLUMNS} or more columns of the "
             f"dense operand, not {facts.columns}"
         )
-    return triton_nm(facts)
-
-
-def triton_nm(facts: Facts) -> str | None:
-    """As `triton`, in fp16, bf16, fp32 or fp64."""
-    if facts.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        return f"takes float16, bfloat16, float32 and float64, not {facts.dtype}"
-    return triton(facts)
+    return triton_floats(facts)
 
 
 # Bytes of a row of x up to which MKL's product of a CSR matrix is the fastest: 64 columns in fp32,
@@ -149,13 +147,6 @@ def mkl_csr(facts: Facts) -> str | None:
     if facts.device == "cpu" and not torch.backends.mkl.is_available():
         return "needs MKL, which this torch is built without"
     return cpu(facts)
-
-
-def triton_csr(facts: Facts) -> str | None:
-    """As `triton`, in fp16, bf16, fp32 or fp64."""
-    if facts.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        return f"takes float16, bfloat16, float32 and float64, not {facts.dtype}"
-    return triton(facts)
 
 
 # Where cuSPARSE is the faster one: short rows, neither few nor many columns. Microseconds of ours
@@ -176,7 +167,7 @@ def cusparse_csr(facts: Facts) -> str | None:
         return f"works on cuda tensors, these are on {facts.device}"
     if facts.dtype not in (torch.float32, torch.float64):
         return f"takes float32 and float64, not {facts.dtype}: in 16 bits it is inexact"
-    if triton_csr(facts) is not None:
+    if triton_floats(facts) is not None:
         return None  # else there would be no kernel
     if facts.deterministic:
         return "promises no order of sums, and torch.use_deterministic_algorithms is set"

@@ -24,7 +24,7 @@ OP = "csr_matmul"
 _HERE = "sparse_layouts.kernels.csr_matmul"
 for _name, _function, _requires in (
     ("cusparse", "cusparse:csr_matmul", requirements.cusparse_csr),
-    ("triton", "triton_csr_matmul:csr_matmul", requirements.triton_csr),
+    ("triton", "triton_csr_matmul:csr_matmul", requirements.triton_floats),
     ("mkl", "cpu:csr_matmul_mkl", requirements.mkl_csr),
     ("cpu", "cpu:csr_matmul", requirements.cpu),
 ):

@@ -25,7 +25,7 @@ from sparse_layouts.kernels.csr_sddmm import reference
 
 OP = "csr_sddmm"
 _HERE = "sparse_layouts.kernels.csr_sddmm"
-register_kernel(OP, "triton", f"{_HERE}.triton_csr_sddmm:csr_sddmm", requirements.triton_csr)
+register_kernel(OP, "triton", f"{_HERE}.triton_csr_sddmm:csr_sddmm", requirements.triton_floats)
 register_kernel(OP, "cpu", f"{_HERE}.cpu:csr_sddmm", requirements.cpu)
 
 

@@ -35,7 +35,7 @@ from sparse_layouts.layout_autograd import apply, as_layout, differentiates, unw
 OP, BACKWARD = "csr_softmax", "csr_softmax_backward"
 _HERE = "sparse_layouts.kernels.csr_softmax"
 for _op in (OP, BACKWARD):
-    register_kernel(_op, "triton", f"{_HERE}.triton_csr_softmax:{_op}", requirements.triton_csr)
+    register_kernel(_op, "triton", f"{_HERE}.triton_csr_softmax:{_op}", requirements.triton_floats)
     register_kernel(_op, "cpu", f"{_HERE}.cpu:{_op}", requirements.cpu)
 
 

@@ -25,7 +25,7 @@ _HERE = "sparse_layouts.kernels.nm_matmul"
 for _name, _function, _requires in (
     ("semi_structured", "semi_structured:nm_matmul", requirements.semi_structured),
     ("triton_expand", "triton_expand:nm_matmul_in_scratch_memory", requirements.triton_expand_nm),
-    ("triton", "triton_nm_matmul:nm_matmul", requirements.triton_nm),
+    ("triton", "triton_nm_matmul:nm_matmul", requirements.triton_floats),
     ("cpu_mkl", "cpu:nm_matmul_mkl", requirements.cpu_mkl_nm),
     ("cpu", "cpu:nm_matmul", requirements.cpu),
 ):

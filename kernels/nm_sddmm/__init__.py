@@ -25,8 +25,8 @@ from sparse_layouts.nm_tensor import NMTensor
 OP = "nm_sddmm"
 _HERE = "sparse_layouts.kernels.nm_sddmm"
 for _name, _function, _requires in (
-    ("triton_dense", "triton_dense:nm_sddmm_in_scratch_memory", requirements.triton_nm),
-    ("triton", "triton_nm_sddmm:nm_sddmm", requirements.triton_nm),
+    ("triton_dense", "triton_dense:nm_sddmm_in_scratch_memory", requirements.triton_floats),
+    ("triton", "triton_nm_sddmm:nm_sddmm", requirements.triton_floats),
     ("cpu", "cpu:nm_sddmm", requirements.cpu),
 ):
     register_kernel(OP, _name, f"{_HERE}.{_function}", _requires)

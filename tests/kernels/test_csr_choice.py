@@ -71,7 +71,7 @@ def test_else_triton_takes_it(name: str) -> None:
 @pytest.mark.parametrize("name", WHY_NOT)
 def test_cusparse_takes_everything_that_triton_cannot(name: str, changes: dict[str, Any]) -> None:
     found = on_gpu(**{**WHY_NOT[name][0], **changes})
-    assert requirements.triton_csr(found) is not None
+    assert requirements.triton_floats(found) is not None
     assert chosen(found) == "cusparse"
 
 

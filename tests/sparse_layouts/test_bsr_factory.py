@@ -110,6 +110,7 @@ def test_choose_does_not_wait_for_a_gpu(name: str) -> None:
         warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
         torch.cuda.set_sync_debug_mode("error")
     try:
-        sparsifier.choose(magnitudes)
+        kept = sparsifier.choose(magnitudes)  # raises where it waits
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert (kept.shape, kept.dtype, kept.device) == ((64, 64), torch.bool, magnitudes.device)
