@@ -87,7 +87,9 @@ def add_bias(
     by_block.add_(blocks.to(scores.dtype), alpha=LOG2_E)
 
 
-def kept(plan: Schedule, where: TilePlaces, pattern: BlockPattern, seed: Tensor, p: float) -> Tensor:
+def kept(
+    plan: Schedule, where: TilePlaces, pattern: BlockPattern, seed: Tensor, p: float
+) -> Tensor:
     """bool (T, R, C): what dropout keeps of a step's probabilities."""
     bn = pattern.block_size[1]
     row = where.rows[:, None, None] + torch.arange(plan.rows)[:, None]
@@ -199,9 +201,7 @@ def _attend(
         q_tile = scratch.gather("q", query_tiles, step.tiles, tiles, plan.rows, -1)
         k_tile = scratch.gather("k", key_blocks, step.columns, tiles, columns, -1)
         scores = scratch.take("scores", high, tiles, plan.rows, columns)
-        torch.baddbmm(
-            scores, q_tile, k_tile.mT, beta=0, alpha=options.scale * LOG2_E, out=scores
-        )
+        torch.baddbmm(scores, q_tile, k_tile.mT, beta=0, alpha=options.scale * LOG2_E, out=scores)
         if bias is not None:
             add_bias(scores, plan, step, bias, tile_places(plan, step, pattern, sample))
         add_masks(scores, plan, step, scratch)

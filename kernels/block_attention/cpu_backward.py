@@ -62,7 +62,7 @@ def block_attention_backward(
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
     dbias = None
     if bias is not None and dbias_base is not None:
-        own = batch if sequences is None else sequences.count
+        own = batch if sequences is None else sequences.num_sequences
         samples = 1 if dbias_base.shape[0] > 1 else own
         dbias = torch.zeros(samples, dbias_blocks, *pattern.block_size, dtype=bias.dtype)
     if q.numel() == 0 or pattern.num_blocks == 0:
@@ -78,18 +78,23 @@ def block_attention_backward(
             return dq, dk, dv, dbias
         deltas, tops = row_terms(dout, dlse, out, lse, high)
         operands = Operands(
-            *(q_spans.laid_out(x, high) for x in (q, dout)),
-            *(k_spans.laid_out(x, high) for x in (k, v)),
+            q_spans.laid_out(q, high),
+            q_spans.laid_out(dout, high),
+            k_spans.laid_out(k, high),
+            k_spans.laid_out(v, high),
             q_spans.laid_out(deltas[..., None], high),
             q_spans.laid_out(tops[..., None], high, torch.inf),
         )
-        gradients = [torch.zeros_like(operands.queries, dtype=q.dtype)]
-        gradients += [torch.zeros_like(x) for x in (operands.keys, operands.values)]
-        _differentiate(operands, *gradients, own_blocks, plan, 0, options, scratch)
-        for spans, gradient, whole in zip(
-            (q_spans, k_spans, k_spans), gradients, (dq, dk, dv), strict=True
-        ):
-            spans.put_back(gradient, whole)
+        made = Gradients(
+            torch.zeros_like(operands.queries, dtype=q.dtype),
+            torch.zeros_like(operands.keys),
+            torch.zeros_like(operands.values),
+            own_blocks,
+        )
+        _differentiate(operands, made, plan, 0, options, scratch)
+        q_spans.put_back(made.dq, dq)
+        k_spans.put_back(made.dk, dk)
+        k_spans.put_back(made.dv, dv)
         return dq, dk, dv, dbias
     padded_keys = pattern.grid[1] * pattern.block_size[1]
     for b in range(batch):
@@ -102,7 +107,7 @@ def block_attention_backward(
             *(pad_rows(x[b], 0, padded_keys, high) for x in (k, v)),
             *(pad_rows(x[..., None], before, rows, high) for x in terms),
         )
-        gradients = [
+        parts = [
             x[b]
             if x.dtype == dtype and x.shape[2] == total
             else torch.zeros(x.shape[1], total, x.shape[3], dtype=dtype)
@@ -112,9 +117,10 @@ def block_attention_backward(
                 (dv, padded_keys, high),
             )
         ]
-        _differentiate(operands, *gradients, own_blocks, plan, b, options, scratch)
+        made = Gradients(parts[0], parts[1], parts[2], own_blocks)
+        _differentiate(operands, made, plan, b, options, scratch)
         for whole, part, start, size in zip(
-            (dq, dk, dv), gradients, (before, 0, 0), (nq, nk, nk), strict=True
+            (dq, dk, dv), parts, (before, 0, 0), (nq, nk, nk), strict=True
         ):
             if whole[b].data_ptr() != part.data_ptr():
                 whole[b] = part[:, start : start + size]
@@ -135,6 +141,17 @@ class Operands(NamedTuple):
     tops: Tensor
 
 
+class Gradients(NamedTuple):
+    """What a plan's tiles write (dq and the blocks of dbias) or add to (dk and dv), laid out as the
+    operands.
+    """
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: BiasBlocks | None
+
+
 def row_terms(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, high: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -148,17 +165,15 @@ def row_terms(
 
 def _differentiate(
     operands: Operands,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dbias: BiasBlocks | None,
+    gradients: Gradients,
     plan: Schedule,
     sample: int,
     options: Options,
     scratch: Scratch,
 ) -> None:
-    """Writes dq and the blocks of dbias, and adds to dk and dv, all laid out as the operands."""
+    """The gradients of a plan's tiles."""
     queries, douts, keys, values, deltas, tops = operands
+    dq, dk, dv, dbias = gradients
     d, dv_size, high = queries.shape[2], values.shape[2], queries.dtype
     low = product_dtype(dq.dtype)
     pattern, scale, dropout_p, seed, bias = options

@@ -106,16 +106,16 @@ def sequence_schedule(
     key_blocks = np.where(count > 0, -(-num_keys // bn), 0)
     key_starts = np.cumsum(key_blocks) - key_blocks
     rows_of_keys = np.where(count > 0, num_keys, 0)
-    k_spans = _spans(
-        sample, k_start, key_starts * bn, rows_of_keys, int(key_blocks.sum()) * bn
-    )
+    k_spans = _spans(sample, k_start, key_starts * bn, rows_of_keys, int(key_blocks.sum()) * bn)
 
     terms = derived(p, ("cpu_terms", dtype), lambda: kinds_of(p)[0].to(dtype))
     cut = np.where(num_keys < p.shape[1], num_keys % bn, 0)
     lists = head_map.numpy()[owner % max(head_map.shape[0], 1)].T.astype(np.int64)  # (H, tiles)
     entries, terms = _entries(p, group, lists, groups, key_blocks[owner], cut[owner], terms)
     own = SequenceTiles(
-        *(torch.from_numpy(x) for x in (owner, start, key_starts[owner])),
+        torch.from_numpy(owner),
+        torch.from_numpy(start),
+        torch.from_numpy(key_starts[owner]),
         int(key_blocks.sum()),
         bm,
         terms.flatten(0, 1),
@@ -197,9 +197,7 @@ def _steps(
     own, num_tiles = plan.sequences, plan.num_tiles
     assert own is not None
     lengths = np.bincount(entries.target, minlength=heads * num_tiles)
-    masked = np.bincount(
-        entries.target[(entries.kinds != 0).any(1)], minlength=heads * num_tiles
-    )
+    masked = np.bincount(entries.target[(entries.kinds != 0).any(1)], minlength=heads * num_tiles)
     first = np.cumsum(lengths) - lengths
     order = np.lexsort((masked, lengths))
     order = order[lengths[order] > 0]

@@ -232,9 +232,9 @@ def block_attention_backward(
     its own, as `bias_base` does in the forward but never shared: dbias is (B, dbias_blocks, bm, bn)
     in bias's dtype, 0 at what is not stored; whoever shares a bias among heads or samples adds up.
     With `dbias_base` of B > 1 rows the slots of all samples are distinct and dbias has batch 1.
-    With `sequences` B counts these, and what belongs to none has gradient 0, whatever dout is there.
+    With `sequences` B counts these; what belongs to none has gradient 0, whatever dout is there.
     """
-    samples = q.shape[0] if sequences is None else sequences.count
+    samples = q.shape[0] if sequences is None else sequences.num_sequences
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         own_bias = None

@@ -30,9 +30,9 @@ class Sequences(NamedTuple):
 
     Query r of a sequence stands in row `k_len - q_len + r` of the pattern, key c in column c. A
     query whose row is negative or not in the pattern attends to nothing; a key whose column is not
-    in the pattern is not attended to. Rows that belong to no sequence are neither read nor written.
-    Sequences do not overlap. Lengths are not to be trusted: a start is clamped to the tensor's rows, then a length to what
-    follows the start.
+    in the pattern is not attended to. Sequences do not overlap; rows that belong to none are not
+    read, and are 0, or -inf as a logsumexp, in results. Lengths are not to be trusted: a start is
+    clamped to the tensor's rows, then a length to what follows the start.
     """
 
     q_starts: Tensor | None
@@ -46,7 +46,7 @@ class Sequences(NamedTuple):
         return self.q_starts is not None
 
     @property
-    def count(self) -> int:
+    def num_sequences(self) -> int:
         """B."""
         return self.q_lens.shape[0]
 

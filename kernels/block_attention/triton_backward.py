@@ -143,7 +143,7 @@ def launch_backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dbias = None
     if bias is not None and dbias_base is not None:
-        own = batch if sequences is None else sequences.count
+        own = batch if sequences is None else sequences.num_sequences
         samples = 1 if dbias_base.shape[0] > 1 else own
         dbias = bias.new_zeros(samples, dbias_blocks, bm, bn)
     if lse.numel() == 0 or pattern.num_blocks == 0 or head_dim == 0 or value_dim == 0:
@@ -152,7 +152,7 @@ def launch_backward(
         # rows of no sequence are never written
         for gradient in (dq, dk, dv):
             gradient.zero_()
-        if sequences.count == 0 or nk == 0:
+        if sequences.num_sequences == 0 or nk == 0:
             return dq, dk, dv, dbias
     # rows of terms stand 16 bytes apart, as descriptors want them
     terms = torch.empty(2, batch, heads, -(-nq // 4) * 4, device=q.device, dtype=torch.float32)

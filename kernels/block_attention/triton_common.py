@@ -345,9 +345,7 @@ def variants() -> Iterator[Variant]:
     yield Variant(64, 128, bf16, tiles=False, sequences="padded")
     yield Variant(128, 128, bf16, sequences="padded")
     yield Variant(16, 64, fp32, sequences="packed")
-    yield Variant(
-        16, 64, fp16, counts=True, bias=True, dropout=True, sequences="packed"
-    )
+    yield Variant(16, 64, fp16, counts=True, bias=True, dropout=True, sequences="packed")
     for head_dim in (128, 256):
         yield Variant(64, head_dim, bf16, shared_kb=99)
 

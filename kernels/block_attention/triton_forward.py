@@ -298,7 +298,7 @@ def launch_forward(
         # rows of no sequence are never written
         out.zero_()
         lse.fill_(-math.inf)
-        if sequences.count == 0:
+        if sequences.num_sequences == 0:
             return out, lse
     schedule = tile_schedule(
         pattern,

@@ -133,18 +133,14 @@ SEQUENCE_NAMES = ("q_starts_ptr", "q_lens_ptr", "k_starts_ptr", "k_lens_ptr")
 SEQUENCE_SIZES = ("num_sequences", "mask_rows", "mask_columns")
 
 
-def sequence_operands(
-    sequences: Sequences | None, mask_shape: tuple[int, int]
-) -> SequenceOperands:
+def sequence_operands(sequences: Sequences | None, mask_shape: tuple[int, int]) -> SequenceOperands:
     """In the order in which every kernel takes them."""
     if sequences is None:
         return ABSENT
-    return SequenceOperands(tuple(sequences), (sequences.count, *mask_shape))
+    return SequenceOperands(tuple(sequences), (sequences.num_sequences, *mask_shape))
 
 
-def most_tiles(
-    sequences: Sequences, rows: int, tile: int, mask_length: int, aligned: bool
-) -> int:
+def most_tiles(sequences: Sequences, rows: int, tile: int, mask_length: int, aligned: bool) -> int:
     """The most tiles that sequences can have in a sample of `rows` rows, known without their
     lengths.
 
@@ -155,5 +151,5 @@ def most_tiles(
     if not sequences.packed:
         own = triton.cdiv(rows, tile) if aligned else (rows + tile - 2) // tile + 1
         return min(own, of_mask)
-    count = min(sequences.count, rows)
+    count = min(sequences.num_sequences, rows)
     return min(rows // tile + (count if aligned else 2 * count), count * of_mask)

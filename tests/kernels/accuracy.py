@@ -203,7 +203,7 @@ def dense_block_attention_backward(
         options |= {"sequences": sequences, "dbias_base": dbias_base, "dbias_blocks": dbias_blocks}
         dbias = None
         if dbias_base is not None:
-            samples = 1 if dbias_base.shape[0] > 1 else sequences.count
+            samples = 1 if dbias_base.shape[0] > 1 else sequences.num_sequences
             dbias = q.new_zeros(samples, dbias_blocks, *pattern.block_size)
         whole = (*(torch.zeros_like(x) for x in (q, k, v)), dbias)
         alone = functools.partial(dense_block_attention_backward, a, scale=scale)
@@ -299,7 +299,7 @@ def zeros_of_sequences(op: str, call: Call, q: Tensor, k: Tensor) -> Results:
         return forward_alone(alone, (of_rows, None), *call.args, **call.kwargs)
     base, dbias = call.kwargs.get("dbias_base"), None
     if base is not None:
-        samples = 1 if base.shape[0] > 1 else call.kwargs["sequences"].count
+        samples = 1 if base.shape[0] > 1 else call.kwargs["sequences"].num_sequences
         dbias = everywhere(samples, call.kwargs["dbias_blocks"], *call.pattern.block_size)
     whole = (of_rows, of_keys, of_keys.clone(), dbias)
     return backward_alone(alone, whole, *call.args, **call.kwargs)

@@ -386,7 +386,7 @@ class Lying(NamedTuple):
         return Sequences(column(0) if self.packed else None, column(1), k_starts, column(3))
 
     def unread(self, mask: tuple[int, int], device: Device) -> tuple[Tensor, Tensor]:
-        """bool (samples, 1, rows): what nobody reads of q, and of k and v, under a mask of a shape."""
+        """bool (samples, 1, rows): what nobody reads of q, and of k and v, under such a mask."""
         samples = 1 if self.packed else len(self.spans)
         of_q, of_k = (torch.ones(samples, 1, n, dtype=torch.bool) for n in self.rows)
         for span in spans(self.on("cpu"), *self.rows, mask):
@@ -419,10 +419,11 @@ class AttentionCase:
     """Operands of attention.
 
     `sequences` says where several of them lie, instead of `batch` and `queries`; then NaN stands in
-    every row of q, k, v and dout that belongs to none or is not in the pattern. `heads_read`: which list set a head reads: "one" (all the first), "own" (head by head), "kv" (by
-    KV head) or "sample" (drawn for every sample and head). `bias`: None, "shared" (by heads that
-    share a pattern, and by samples) or "own". `poison` puts NaN into k and v where no head reads.
-    `how` gives the strides of q, k, v and dout. `queries` below the mask's rows are its last ones.
+    every row of q, k, v and dout that belongs to none or is not in the pattern. `heads_read`: which
+    list set a head reads: "one" (all the first), "own" (head by head), "kv" (by KV head) or
+    "sample" (drawn for every sample and head). `bias`: None, "shared" (by heads that share a
+    pattern, and by samples) or "own". `poison` puts NaN into k and v where no head reads. `how`
+    gives the strides of q, k, v and dout. `queries` below the mask's rows are its last ones.
     """
 
     name: str

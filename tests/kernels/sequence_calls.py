@@ -35,7 +35,7 @@ def spans(sequences: Sequences, q_rows: int, k_rows: int, mask: tuple[int, int])
         return range(start, min(start + max(int(lens[b]), 0), size))
 
     found = []
-    for b in range(sequences.count):
+    for b in range(sequences.num_sequences):
         queries = rows(sequences.q_starts, sequences.q_lens, b, q_rows)
         keys = rows(sequences.k_starts, sequences.k_lens, b, k_rows)
         past = len(keys) - len(queries)

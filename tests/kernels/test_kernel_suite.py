@@ -44,8 +44,7 @@ REPEATED = {
     "everything",
     "packed_64",
     "packed_everything",
-}.union(*(family.EXAMPLES.values() for family in families())
-)
+}.union(*(family.EXAMPLES.values() for family in families()))
 
 
 def rows() -> list[Kernel]:
