@@ -60,13 +60,15 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 else score_dtype(dtype)
 
 
-def pad_rows(x: Tensor, before: int, total: int, dtype: torch.dtype) -> Tensor:
-    """x (H, N, D) as contiguous (H, total, D) in `dtype` after `before` rows of zeros; maybe x."""
+def pad_rows(x: Tensor, before: int, total: int, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
+    """x (H, N, D) as contiguous (H, total, D) in `dtype` after `before` rows of `fill`; maybe x."""
     heads, rows, width = x.shape
     padded = rows != total
     if not padded and (x.dtype != dtype or x.stride(2) == 1):
         return x.to(dtype).contiguous()
-    out = (torch.zeros if padded else torch.empty)(heads, total, width, dtype=dtype)
+    out = torch.empty(heads, total, width, dtype=dtype)
+    if padded:
+        out.fill_(fill)
     for own, source in zip(out, x, strict=True):  # torch transposes fast in two dimensions only
         own[before : before + rows] = source
     return out

@@ -105,7 +105,8 @@ def block_attention_backward(
         operands = Operands(
             *(pad_rows(x[b], before, rows, high) for x in (q, dout)),
             *(pad_rows(x[b], 0, padded_keys, high) for x in (k, v)),
-            *(pad_rows(x[..., None], before, rows, high) for x in terms),
+            pad_rows(terms[0][..., None], before, rows, high),
+            pad_rows(terms[1][..., None], before, rows, high, torch.inf),
         )
         parts = [
             x[b]
@@ -130,7 +131,7 @@ def block_attention_backward(
 class Operands(NamedTuple):
     """What a plan's tiles read, contiguous: `queries` and `douts` (H, tiles * R, D and Dv), `keys`
     and `values` (Hkv, whole blocks, D and Dv), `deltas` and `tops` of `row_terms` (H, tiles * R,
-    1).
+    1). Rows that are no query have top inf: their probabilities are then 0, whatever the bias is.
     """
 
     queries: Tensor

@@ -439,6 +439,8 @@ class AttentionCase:
     scale: float | None = None
     factor: float = 1.0
     bias: str | None = None
+    bias_factor: float = 1.0
+    bias_shift: float = 0.0
     dropout: float = 0.0
     dlse: bool = True
     poison: bool = False
@@ -528,7 +530,8 @@ class AttentionCase:
             else:
                 base, slots = own_slots(pattern, head_map)
                 samples = max(self.patterns, 1) if head_map.shape[0] == 1 else 1
-            kwargs["bias"] = make.normal(samples, slots, *pattern.block_size)
+            bias = make.normal(samples, slots, *pattern.block_size)
+            kwargs["bias"] = bias * self.bias_factor + self.bias_shift
             kwargs["bias_base"] = base
         return Call((q, k, v, pattern, head_map), kwargs), make
 
@@ -680,6 +683,8 @@ ATTENTION_CASES = [
         bias="own",
         queries=41,
     ),
+    # in rows before the first query, which nobody reads, exp of it is infinite
+    AttentionCase("large_bias", CAUSAL_50, queries=13, bias="own", bias_factor=40.0, small=True),
     AttentionCase("dropout", CAUSAL_50, batch=2, dropout=0.3, small=True),
     AttentionCase(
         "dropout_64", Stored((200, 150), (64, 64)), 2, dropout=0.1, head_dim=64, queries=77
@@ -735,7 +740,12 @@ SEQUENCE_CASES = [
         sequences=packed((300, 300), (3, 5), (100, 290), (64, 64), *((1, n) for n in range(40))),
     ),
     AttentionCase(
-        "packed_full", Stored((150, 150), (32, 32), blocks="all"), sequences=packed(*MANY)
+        "packed_full",
+        Stored((150, 150), (32, 32), blocks="all"),
+        heads=1,
+        head_dim=16,
+        sequences=packed(*ALL_OF_THREE),
+        small=True,
     ),
     AttentionCase(
         "packed_pattern_by_sample",
@@ -800,6 +810,25 @@ SEQUENCE_CASES = [
         CAUSAL_70,
         bias="shared",
         sequences=packed((50, 50), (19, 42), (60, 48)),
+        small=True,
+    ),
+    # next to these scores a key that is not there, whose score is 0, would be infinitely probable
+    AttentionCase(
+        "packed_low_scores",
+        Stored((80, 80), (32, 32), blocks="all"),
+        heads=1,
+        head_dim=16,
+        bias="own",
+        bias_shift=-200.0,
+        sequences=packed((50, 50), (19, 42)),
+        small=True,
+    ),
+    AttentionCase(
+        "packed_large_bias",
+        CAUSAL_70,
+        bias="own",
+        bias_factor=40.0,
+        sequences=packed((50, 50), (19, 42)),
         small=True,
     ),
     AttentionCase(
