@@ -32,8 +32,12 @@ from sparse_layouts.dispatch import (
 )
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.block_attention import heads, reference
-from sparse_layouts.kernels.block_attention.checks import NO_LENGTHS, check_attention
-from sparse_layouts.kernels.block_attention.length_checks import Lengths, check_values
+from sparse_layouts.kernels.block_attention.checks import check_attention
+from sparse_layouts.kernels.block_attention.length_checks import (
+    Lengths,
+    check_values,
+    lengths_of,
+)
 from sparse_layouts.kernels.block_attention.sequences import (
     Sequences,
     packed_sequences,
@@ -284,7 +288,7 @@ def attend(
     scale: float | None,
     dropout_p: float,
     bias: BSRTensor | None = None,
-    lengths: Lengths = NO_LENGTHS,
+    lengths: Lengths | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` of checked operands, 2-D to 4-D, differentiable."""
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
@@ -303,22 +307,23 @@ def attend(
         out, lse = apply(BlockAttention, q, k, v, bias, mask, scale, dropout_p, seed, *where)
     else:
         out, lse = BlockAttention.forward(q, k, v, bias, mask, scale, dropout_p, seed, *where)
-    if lengths.packed:
+    if lengths is not None and lengths.packed:
         return out[0].transpose(0, 1).contiguous(), lse[0]
     if len(shape) < 3:
         return out.view(*shape, v.shape[-1]), lse.view(shape)
     return out, lse
 
 
-def _as_batch(t: Tensor, lengths: Lengths) -> Tensor:
+def _as_batch(t: Tensor, lengths: Lengths | None) -> Tensor:
     """An operand as (B, H, N, D), without a copy; packed ones have batch 1."""
-    t = t.transpose(0, 1) if lengths.packed else t
+    if lengths is not None and lengths.packed:
+        t = t.transpose(0, 1)
     return t[(None,) * (4 - t.dim())]
 
 
-def _sequences(q: Tensor, k: Tensor, lengths: Lengths) -> Sequences | None:
-    """What the kernels take, of 4-D operands; None where no lengths are given."""
-    if not lengths.given:
+def _sequences(q: Tensor, k: Tensor, lengths: Lengths | None) -> Sequences | None:
+    """What the kernels take, of 4-D operands."""
+    if lengths is None:
         return None
     if lengths.packed:
         return packed_sequences(lengths.cu_seqlens_q, lengths.cu_seqlens_k)
@@ -402,7 +407,7 @@ def attention(
     >>> sl.attention(q, k, v, mask, cu_seqlens_q=ends, cu_seqlens_k=ends).shape
     torch.Size([130, 2, 16])
     """
-    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, q_lens, kv_lens, kv_starts)
+    lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, q_lens, kv_lens, kv_starts)
     check_attention(
         "attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale, lengths=lengths
     )
@@ -423,16 +428,19 @@ def uses_of_attention(
     bias: BSRTensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
-    **lengths: Any,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    kv_starts: Tensor | None = None,
 ) -> list[Use]:
     """For `sl.explain`."""
-    given = Lengths(**lengths)
+    lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, q_lens, kv_lens, kv_starts)
     check_attention(
-        "attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale, lengths=given
+        "attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale, lengths=lengths
     )
-    if given.given:
-        whole_q, whole_k = (_as_batch(t, given) for t in (q, k))
-        _check_on_cpu(whole_q, whole_k, mask.block_pattern, _sequences(whole_q, whole_k, given))
+    whole_q, whole_k = (_as_batch(t, lengths) for t in (q, k))
+    _check_on_cpu(whole_q, whole_k, mask.block_pattern, _sequences(whole_q, whole_k, lengths))
     return _uses(*_autocast(q, k, v), mask)
 
 

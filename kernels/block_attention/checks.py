@@ -19,8 +19,6 @@ from sparse_layouts.kernels.block_attention.length_checks import (
 )
 from sparse_layouts.layout_tensor import LayoutTensor
 
-NO_LENGTHS = Lengths()
-
 
 def check_attention(
     what: str,
@@ -33,7 +31,7 @@ def check_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
     exact_rows: bool = False,
-    lengths: Lengths = NO_LENGTHS,
+    lengths: Lengths | None = None,
 ) -> None:
     """Raises `TypeError` or `ValueError` for operands that do not fit; `exact_rows`: the mask has
     as many rows as q. With `lengths` the mask's size does not matter.
@@ -49,13 +47,19 @@ def check_attention(
             f"{what}: expected a bool mask layout, got {mask.dtype} values; add scores as bias=, "
             f"with mask=w.pattern"
         )
-    check_kinds(what, lengths)
+    if lengths is not None:
+        check_kinds(what, lengths)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor) or isinstance(t, LayoutTensor):
             raise TypeError(f"{what}: {name} is a dense tensor, got {type(t).__name__}")
         if not t.dtype.is_floating_point:
             raise TypeError(f"{what}: {name} must be floating, got {t.dtype}")
-        _check_dimensions(what, name, t, lengths)
+        if lengths is not None:
+            _check_dimensions(what, name, t, lengths)
+        if not 2 <= t.dim() <= 4:
+            raise ValueError(
+                f"{what}: {name} is (B, H, N, D), (H, N, D) or (N, D), got shape {tuple(t.shape)}"
+            )
         if t.device != mask.device:
             raise ValueError(
                 f"{what}: {name} is on {t.device}, the mask on {mask.device}; move it with "
@@ -76,11 +80,12 @@ def check_attention(
     if scale is not None and (isinstance(scale, Tensor) or scale != scale):
         raise ValueError(f"{what}: scale is a number, got {scale!r}")
     sizes = _sizes(q, k, lengths)
-    check_places(what, lengths, q.device, sizes[0])
     _check_shapes(what, q, k, v)
-    if not lengths.given:
+    if lengths is None:
         _check_rows(what, q, k, mask, exact_rows)
-    kind = "sequences" if lengths.packed else "samples"
+    else:
+        check_places(what, lengths, q.device, sizes[0])
+    kind = "sequences" if lengths is not None and lengths.packed else "samples"
     _check_heads(what, mask, *sizes, kind)
     if bias is not None:
         _check_bias(what, bias, mask, *sizes[:2], kind)
@@ -93,13 +98,11 @@ def _check_dimensions(what: str, name: str, t: Tensor, lengths: Lengths) -> None
             f"{what}: with cu_seqlens {name} is (T, H, D), sequences one after another, got shape "
             f"{shape}; a padded batch (B, H, N, D) takes q_lens, kv_lens, kv_starts"
         )
-    if lengths.given and not lengths.packed and t.dim() != 4:
+    if not lengths.packed and t.dim() != 4:
         raise ValueError(
             f"{what}: with {', '.join(lengths.given)} {name} is (B, H, N, D), got shape {shape}; "
             f"packed sequences (T, H, D) take cu_seqlens_q and cu_seqlens_k"
         )
-    if not 2 <= t.dim() <= 4:
-        raise ValueError(f"{what}: {name} is (B, H, N, D), (H, N, D) or (N, D), got shape {shape}")
 
 
 def _check_shapes(what: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -150,9 +153,9 @@ def _check_heads(
         )
 
 
-def _sizes(q: Tensor, k: Tensor, lengths: Lengths) -> tuple[int, int, int]:
+def _sizes(q: Tensor, k: Tensor, lengths: Lengths | None) -> tuple[int, int, int]:
     """Samples or packed sequences, query heads and KV heads."""
-    if lengths.packed:
+    if lengths is not None and lengths.packed:
         return lengths.cu_seqlens_q.shape[0] - 1, q.shape[1], k.shape[1]
     batches = max(q.shape[0], k.shape[0]) if q.dim() == 4 else 1
     heads = q.shape[-3] if q.dim() >= 3 else 1

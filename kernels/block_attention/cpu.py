@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from sparse_layouts.block_pattern import BlockPattern
-from sparse_layouts.kernels.block_attention.cpu_sequences import sequence_schedule
+from sparse_layouts.kernels.block_attention.cpu_sequences import (
+    BlocksInPlace,
+    lies_in_rows,
+    sequence_schedule,
+)
 from sparse_layouts.kernels.block_attention.reference import dropout_keep, dropout_threshold, philox
 from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.cpu_common import (
@@ -145,18 +149,25 @@ def block_attention(
     options = Options(pattern, scale, dropout_p, seed, bias_blocks(bias, bias_base))
     scratch = Scratch()
     if sequences is not None:
-        plan, q_spans, k_spans = sequence_schedule(
+        made = sequence_schedule(
             pattern, head_map, kv_heads, sequences, nq, nk, high, bias is not None
         )
-        if not plan.steps:
+        plan, spans = made.schedule, made.queries
+        if plan.sequences is None or not plan.steps:
             return out, lse
-        out_b = torch.zeros(heads, q_spans.total, dv, dtype=q.dtype)
-        lse_b = torch.full((heads, q_spans.total), -torch.inf, dtype=high)
-        queries, keys = q_spans.laid_out(q, high), k_spans.laid_out(k, high)
-        values = k_spans.laid_out(v, low)
-        _attend(queries, keys, values, out_b, lse_b, plan, 0, options, scratch)
-        q_spans.put_back(out_b, out)
-        q_spans.put_back(lse_b[..., None], lse[..., None])
+        out_b = torch.zeros(heads, spans.total, dv, dtype=q.dtype)
+        lse_b = torch.full((heads, spans.total), -torch.inf, dtype=high)
+        keys: BlocksInPlace | LaidOutBlocks
+        values: BlocksInPlace | LaidOutBlocks
+        if made.reads_few(kv_heads) and lies_in_rows(k) and lies_in_rows(v):
+            keys = BlocksInPlace(k, high, made.blocks, plan.sequences.key_blocks)
+            values = BlocksInPlace(v, low, made.blocks, plan.sequences.key_blocks)
+        else:
+            keys = LaidOutBlocks(made.keys.laid_out(k, high))
+            values = LaidOutBlocks(made.keys.laid_out(v, low))
+        _attend(spans.laid_out(q, high), keys, values, out_b, lse_b, plan, 0, options, scratch)
+        spans.put_back(out_b, out)
+        spans.put_back(lse_b[..., None], lse[..., None])
         return out, lse
     padded_keys = pattern.grid[1] * pattern.block_size[1]
     for b in range(batch):
@@ -164,7 +175,8 @@ def block_attention(
         plan = attention_schedule(pattern, own_map, kv_heads, nq, high, bias is not None)
         before, rows = query_range(plan, pattern, nq)
         queries = pad_rows(q[b], before, rows, high)
-        keys, values = pad_rows(k[b], 0, padded_keys, high), pad_rows(v[b], 0, padded_keys, low)
+        keys = LaidOutBlocks(pad_rows(k[b], 0, padded_keys, high))
+        values = LaidOutBlocks(pad_rows(v[b], 0, padded_keys, low))
         exact = rows == nq
         out_b = out[b] if exact else torch.zeros(heads, rows, dv, dtype=q.dtype)
         lse_b = lse[b] if exact else torch.full((heads, rows), -torch.inf, dtype=high)
@@ -175,10 +187,27 @@ def block_attention(
     return out, lse
 
 
+class LaidOutBlocks(NamedTuple):
+    """Blocks of keys or values in memory of their own, contiguous (Hkv, whole blocks, D)."""
+
+    laid_out: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which they enter products."""
+        return self.laid_out.dtype
+
+    def gather(self, scratch: Scratch, name: str, step: Step, bn: int) -> Tensor:
+        """A step's blocks (T, L * bn, D)."""
+        blocks = self.laid_out.view(-1, bn * self.laid_out.shape[2])
+        tiles = step.tiles.shape[0]
+        return scratch.gather(name, blocks, step.columns, tiles, step.length * bn, -1)
+
+
 def _attend(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: LaidOutBlocks | BlocksInPlace,
+    values: LaidOutBlocks | BlocksInPlace,
     out: Tensor,
     lse: Tensor,
     plan: Schedule,
@@ -188,18 +217,17 @@ def _attend(
 ) -> None:
     """Writes out (H, tiles * R, Dv) and lse (H, tiles * R) of a plan's tiles.
 
-    queries (H, tiles * R, D), keys and values (Hkv, whole blocks, D and Dv), contiguous.
+    queries (H, tiles * R, D), contiguous.
     """
-    high, low, dv = queries.dtype, values.dtype, values.shape[2]
+    high, low, dv = queries.dtype, values.dtype, out.shape[2]
     pattern, bias, seed, dropout_p = options.pattern, options.bias, options.seed, options.dropout_p
     tiny, lowest = torch.finfo(high).tiny, torch.finfo(high).min
     by_tile, block_columns = queries.shape[0] * plan.num_tiles, pattern.block_size[1]
     query_tiles, out_tiles, lse_tiles = (x.view(by_tile, -1) for x in (queries, out, lse))
-    key_blocks, value_blocks = (x.view(-1, block_columns * x.shape[2]) for x in (keys, values))
     for step in plan.steps:
         tiles, columns = step.tiles.shape[0], step.length * block_columns
         q_tile = scratch.gather("q", query_tiles, step.tiles, tiles, plan.rows, -1)
-        k_tile = scratch.gather("k", key_blocks, step.columns, tiles, columns, -1)
+        k_tile = keys.gather(scratch, "k", step, block_columns)
         scores = scratch.take("scores", high, tiles, plan.rows, columns)
         torch.baddbmm(scores, q_tile, k_tile.mT, beta=0, alpha=options.scale * LOG2_E, out=scores)
         if bias is not None:
@@ -220,7 +248,7 @@ def _attend(
         if low != high:
             scores.mul_(inverse)
         probabilities = scratch.cast("probabilities", scores, low)
-        v_tile = scratch.gather("v", value_blocks, step.columns, tiles, columns, -1)
+        v_tile = values.gather(scratch, "v", step, block_columns)
         o_tile = scratch.take("o", low, tiles, plan.rows, dv)
         torch.bmm(probabilities, v_tile, out=o_tile)
         if low == high:

@@ -71,7 +71,7 @@ def block_attention_backward(
     own_blocks = bias_blocks(dbias, dbias_base)
     scratch = Scratch()
     if sequences is not None:
-        plan, q_spans, k_spans = sequence_schedule(
+        plan, q_spans, k_spans, _ = sequence_schedule(
             pattern, head_map, kv_heads, sequences, nq, nk, high, bias is not None
         )
         if not plan.steps:
@@ -103,8 +103,10 @@ def block_attention_backward(
         before, rows = query_range(plan, pattern, nq)
         terms = row_terms(dout[b], None if dlse is None else dlse[b], out[b], lse[b], high)
         operands = Operands(
-            *(pad_rows(x[b], before, rows, high) for x in (q, dout)),
-            *(pad_rows(x[b], 0, padded_keys, high) for x in (k, v)),
+            pad_rows(q[b], before, rows, high),
+            pad_rows(dout[b], before, rows, high),
+            pad_rows(k[b], 0, padded_keys, high),
+            pad_rows(v[b], 0, padded_keys, high),
             pad_rows(terms[0][..., None], before, rows, high),
             pad_rows(terms[1][..., None], before, rows, high, torch.inf),
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.derived import derived
 from sparse_layouts.kernels.block_attention.sequences import Sequences, places
+from sparse_layouts.kernels.cpu_common import Scratch
 from sparse_layouts.kernels.cpu_schedule import (
     STEP_SCORES,
     Schedule,
@@ -42,15 +43,81 @@ class Spans(NamedTuple):
 
     def laid_out(self, x: Tensor, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
         """The buffer; `fill` where no run lies."""
-        out = torch.full((x.shape[1], self.total, x.shape[3]), fill, dtype=dtype)
+        out = torch.empty(x.shape[1], self.total, x.shape[3], dtype=dtype)
+        end = 0
         for sample, row, target, rows in self.runs:
-            out[:, target : target + rows] = x[sample, :, row : row + rows]
+            out[:, end:target] = fill
+            end = target + rows
+            out[:, target:end] = x[sample, :, row : row + rows]
+        out[:, end:] = fill
         return out
 
     def put_back(self, buffer: Tensor, x: Tensor) -> None:
         """Writes the runs of a buffer into x."""
         for sample, row, target, rows in self.runs:
             x[sample, :, row : row + rows] = buffer[:, target : target + rows]
+
+
+class BlocksInPlace:
+    """Blocks of keys or values x (B, Hkv, N, D) read where they lie, for calls that read few of
+    them.
+    """
+
+    def __init__(self, x: Tensor, dtype: torch.dtype, places: BlockPlaces, key_blocks: int) -> None:
+        width = x.shape[3]
+        strides = [s if n > 1 else 0 for s, n in zip(x.stride(), x.shape, strict=True)][:3]
+        assert lies_in_rows(x)
+        self.steps = [s // width for s in strides]
+        last = sum(step * (n - 1) for step, n in zip(self.steps, x.shape, strict=False))
+        self.rows = x.as_strided((last + 1, width), (width, 1))
+        self.dtype, self.places, self.key_blocks = dtype, places, key_blocks
+
+    def gather(self, scratch: Scratch, name: str, step: Step, bn: int) -> Tensor:
+        """A step's blocks (T, L * bn, D); 0 in rows that are no key."""
+        head = step.columns.div(self.key_blocks, rounding_mode="floor")
+        block = step.columns - head * self.key_blocks
+        sample, first, rows = (t[block][:, None] for t in self.places)
+        offset = torch.arange(bn)
+        row = first + torch.minimum(offset, rows - 1)
+        of_sample, of_head, of_row = self.steps
+        index = (sample * of_sample + head[:, None] * of_head + row * of_row).flatten()
+        found = scratch.gather(name, self.rows, index, index.shape[0], -1)
+        found.index_fill_(0, (offset >= rows).flatten().nonzero()[:, 0], 0)
+        found = scratch.cast(name, found, self.dtype)
+        return found.view(step.tiles.shape[0], -1, self.rows.shape[1])
+
+
+def lies_in_rows(x: Tensor) -> bool:
+    """Whether x (B, H, N, D) is rows of D, a whole number of rows apart."""
+    *sizes, width = x.shape
+    apart = (s for s, n in zip(x.stride(), sizes, strict=False) if n > 1)
+    return x.numel() > 0 and (width == 1 or x.stride(3) == 1) and all(s % width == 0 for s in apart)
+
+
+class BlockPlaces(NamedTuple):
+    """Where every block of keys of a KV head lies in k and v, (blocks,) int64: `sample`, `first`
+    row, and how many `rows` from there on are keys.
+    """
+
+    sample: Tensor
+    first: Tensor
+    rows: Tensor
+
+
+class SequencePlan(NamedTuple):
+    """A schedule, where the queries and keys lie for it, and where the blocks of keys come from."""
+
+    schedule: Schedule
+    queries: Spans
+    keys: Spans
+    blocks: BlockPlaces
+
+    def reads_few(self, num_kv_heads: int) -> bool:
+        """Whether the steps read no more blocks of keys than there are: they need no copy then."""
+        own = self.schedule.sequences
+        assert own is not None
+        read = sum(step.columns.shape[0] for step in self.schedule.steps)
+        return read <= num_kv_heads * own.key_blocks
 
 
 class _Entries(NamedTuple):
@@ -73,7 +140,7 @@ def sequence_schedule(
     k_rows: int,
     dtype: torch.dtype,
     with_positions: bool,
-) -> tuple[Schedule, Spans, Spans]:
+) -> SequencePlan:
     """The schedule of all sequences and heads, and where their queries and keys lie for it.
 
     `head_map` (B or 1, H) int32; tensors of `q_rows` and `k_rows` rows a sample; masks in `dtype`.
@@ -122,7 +189,14 @@ def sequence_schedule(
     )
     plan = Schedule(group, rows, 0, 0, owner.size, (), (), own)
     steps = _steps(p, plan, entries, lists.shape[0], num_kv_heads, with_positions)
-    return plan._replace(steps=steps), q_spans, k_spans
+    block_owner = np.repeat(np.arange(count.size), key_blocks)
+    block = _ranges(key_blocks) * bn
+    blocks = BlockPlaces(
+        torch.from_numpy(sample[block_owner]),
+        torch.from_numpy(k_start[block_owner] + block),
+        torch.from_numpy(np.minimum(num_keys[block_owner] - block, bn)),
+    )
+    return SequencePlan(plan._replace(steps=steps), q_spans, k_spans, blocks)
 
 
 def _ranges(counts: np.ndarray) -> np.ndarray:

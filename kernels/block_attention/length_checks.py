@@ -12,7 +12,7 @@ from sparse_layouts.layout_tensor import LayoutTensor
 
 
 class Lengths(NamedTuple):
-    """The arguments of `sl.attention` that say where sequences lie; None: not given."""
+    """Where sequences lie, as arguments of `sl.attention`: at least one; None is not given."""
 
     cu_seqlens_q: Any = None
     cu_seqlens_k: Any = None
@@ -29,6 +29,11 @@ class Lengths(NamedTuple):
     def packed(self) -> bool:
         """Whether they are of packed operands."""
         return self.cu_seqlens_q is not None or self.cu_seqlens_k is not None
+
+
+def lengths_of(*arguments: Any) -> Lengths | None:
+    """The arguments in the order of `Lengths`; None where none is given: the plain batch."""
+    return None if all(t is None for t in arguments) else Lengths(*arguments)
 
 
 def check_kinds(what: str, lengths: Lengths) -> None:
