@@ -66,7 +66,7 @@ def packed_sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Sequences:
     q = _int32(cu_seqlens_q)
     q_lens = q.diff()
     if cu_seqlens_k is cu_seqlens_q:
-        return Sequences(q[:-1], q_lens, q[:-1], q_lens)
+        return Sequences(q[:-1], q_lens, q[:-1], q_lens[:])
     k = _int32(cu_seqlens_k)
     return Sequences(q[:-1], q_lens, k[:-1], k.diff())
 
@@ -95,10 +95,12 @@ def padded_sequences(
 
 
 def _int32(t: Tensor) -> Tensor:
-    """What does not fit stays too large, or negative."""
+    """What does not fit stays too large, or negative. A view, because torch.compile refuses one
+    tensor as two arguments of an autograd.Function.
+    """
     if t.dtype == torch.int64:
         t = t.clamp(-1, INT32_MAX).int()
-    return t.contiguous()
+    return t.contiguous()[:]
 
 
 class Places(NamedTuple):

@@ -380,6 +380,29 @@ def test_compiled_code_takes_other_lengths(step: Callable[..., Any]) -> None:
     assert counter.frame_count == 1
 
 
+def one_for_both(q: Tensor, k: Tensor, v: Tensor, mask: Any, lens: Tensor) -> Any:
+    if q.dim() == 3:
+        return sl.attention(q, k, v, mask, cu_seqlens_q=lens, cu_seqlens_k=lens)
+    return sl.attention(q, k, v, mask, q_lens=lens, kv_lens=lens, kv_starts=lens)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("packed", [True, False])
+def test_compiled_code_takes_one_tensor_for_both(packed: bool, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    mask, shape = MASKS["causal"](), (60, 2, 8) if packed else (2, 2, 60, 8)
+    leaves = [torch.randn(shape, dtype=F64, requires_grad=True) for _ in range(3)]
+    lens = ends((40, 20), dtype) if packed else numbers((30, 17)).to(dtype)
+    compiled = torch.compile(one_for_both, fullgraph=True, backend="aot_eager")
+    found, expected = (f(*leaves, mask, lens) for f in (compiled, one_for_both))
+    assert_close(found, expected)
+    seed = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, leaves, seed)
+    for a, b in zip(torch.autograd.grad(found, leaves, seed), wanted, strict=True):
+        assert_close(a, b)
+
+
 # --- forms of the arguments -----------------------------------------------------------------------
 
 
