@@ -18,7 +18,7 @@ import sparse_layouts as sl
 from benchmarks.timing import Row, WrongResult, check_error, guarded, microseconds, selected
 from sparse_layouts.dispatch import choose
 from sparse_layouts.kernels import block_matmul
-from sparse_layouts.measuring import dense_causal_attention, interleaved, relative_error
+from sparse_layouts.measuring import dense_attention, interleaved, relative_error
 
 LOCAL, STRIDE = 4, 8
 
@@ -151,8 +151,8 @@ def attention(
 
         few = [t[:, two] for t in (q, k, v, dout)]
         given = (few[0], few[1], few[2], stored, few[3] if backward else None)
-        exact = dense_causal_attention(*given)
-        dense = dense_causal_attention(*given, dtype=dtype)
+        exact = dense_attention(*given, causal=True)
+        dense = dense_attention(*given, causal=True, dtype=dtype)
         found = [t[:, two] for t in attend(attn_mask=mask)]
         for what, f, e, t in zip(("out", "dq", "dk", "dv"), found, exact, dense, strict=False):
             error, dense_error = relative_error(f, e), relative_error(t, e)

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparse_layouts as sl
 from benchmarks.timing import Row, check_error, gpu_times, guarded, selected
-from sparse_layouts.measuring import dense_causal_attention, relative_error
+from sparse_layouts.measuring import dense_attention, relative_error
 
 DTYPE = torch.bfloat16
 OURS, DKERNEL = "sparse_layouts", "dkernel"
@@ -141,8 +141,8 @@ def check_attention(
             return stored_rows(case, h, start, stop)
 
         given = (q[one], k[one], v[one], stored, dout[one])
-        exact = dense_causal_attention(*given)
-        dense = dense_causal_attention(*given, dtype=DTYPE)
+        exact = dense_attention(*given, causal=True)
+        dense = dense_attention(*given, causal=True, dtype=DTYPE)
         for what, f, e, d in zip(("out", "dq", "dk", "dv"), found, exact, dense, strict=True):
             error, dense_error = relative_error(f[one], e), relative_error(d, e)
             check_error(f"{case.name}, {what} of head {h}", error, dense_error, DTYPE)
