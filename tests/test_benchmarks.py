@@ -10,7 +10,8 @@ import torch
 
 import sparse_layouts as sl
 from benchmarks import bigbird, cpu, gpu, layouts
-from benchmarks.__main__ import cells, main
+from benchmarks.__main__ import main
+from benchmarks.report import cells
 from benchmarks.timing import Row, WrongResult, check_error, selected
 from sparse_layouts.measuring import Timing
 
