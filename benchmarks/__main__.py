@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bigbird, cpu, gpu, gpu_layouts, layouts, report
+from benchmarks import attention, bigbird, cpu, gpu, gpu_layouts, layouts, report
 from benchmarks.timing import Row, selected
 from sparse_layouts import info
 
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--minutes",
         type=float,
-        default=9.0,
+        default=15.0,
         help="start no GPU row after this long (default: %(default)s)",
     )
     own.add_argument(
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with_cpu = options.device != "cuda"
     known = [*cpu.NAMES, *layouts.NAMES, *bigbird.NAMES] if with_cpu else []
     if with_gpu:
-        known += [*gpu.names(options.quick), *gpu_layouts.NAMES]
+        known += [*gpu.NAMES, *gpu_layouts.NAMES, *attention.names(options.quick)]
     if options.list:
         print("\n".join(known))
         return 0
@@ -100,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         deadline = begin + 60 * options.minutes
         rows += gpu.run(options.only, options.quick, tell, deadline)
         rows += gpu_layouts.run(options.only, options.quick, tell, deadline)
+        run = attention.Run(tell=tell, deadline=deadline, quick=options.quick)
+        rows += attention.run(options.only, run)
     if with_cpu:
         rows += cpu.run(options.only, options.quick, tell)
         rows += layouts.run(options.only, options.quick, tell)

@@ -90,6 +90,19 @@ def local_stride_rows(
     return torch.stack(own)
 
 
+def local_stride_entries(seq_len: int, block: int, local: int, stride: int, heads: int) -> int:
+    """Stored entries of the causal pattern over all heads, a multiple of `stride` of them."""
+    grid = seq_len // block
+    j = torch.arange(grid)
+    total = 0
+    for residue in range(stride):  # heads h and h + stride are equal
+        strided = ((j + residue) % stride == 0).long().cumsum(0)
+        before = torch.where(j >= local, strided[(j - local).clamp(min=0)], 0)
+        full = before.sum() + torch.minimum(j + 1, torch.tensor(local)).sum() - grid
+        total += int(full) * block * block + grid * (block * (block + 1) // 2)
+    return total * (heads // stride)
+
+
 def run(only: Sequence[str], quick: bool, tell: Callable[[str], None]) -> list[Row]:
     """The rows whose names contain one of `only` (all without any)."""
     effort = QUICK if quick else Effort()
@@ -265,15 +278,7 @@ def build(effort: Effort, tell: Callable[[str], None]) -> list[Row]:
         )
 
     tell(f"{BUILD}: counting")
-    mask, grid = make(), n // block
-    j = torch.arange(grid)
-    expected = 0
-    for residue in range(stride):  # heads h and h + stride are equal
-        strided = ((j + residue) % stride == 0).long().cumsum(0)
-        before = torch.where(j >= local, strided[(j - local).clamp(min=0)], 0)
-        full = before.sum() + torch.minimum(j + 1, torch.tensor(local)).sum() - grid
-        expected += int(full) * block * block + grid * (block * (block + 1) // 2)
-    expected *= heads // stride
+    mask, expected = make(), local_stride_entries(n, block, local, stride, heads)
     if mask.nnz != expected:
         raise WrongResult(f"{BUILD}: {mask.nnz} stored entries, the formula has {expected}")
     tell(f"timing {BUILD}")

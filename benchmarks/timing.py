@@ -7,7 +7,7 @@ import gc
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,19 +96,28 @@ def check_error(what: str, error: float, dense_error: float, dtype: torch.dtype)
         )
 
 
-def guarded(name: str, device: str, measure: Callable[..., list[Row]], *args: Any) -> list[Row]:
-    """`measure(*args)`, or a row that says what went wrong: the others are still worth measuring.
+def guarded_rows(name: str, device: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows as they come, then one that says what went wrong: others are still worth measuring.
 
     That is so for every exception; of one that is no :class:`WrongResult`, stderr has the trace.
     """
     try:
-        return measure(*args)
+        yield from rows
     except WrongResult as error:
-        return [Row(name, device, wrong=str(error))]
+        yield Row(name, device, wrong=str(error))
     except Exception as error:
         traceback.print_exc()
         first = (str(error).strip().splitlines() or [""])[0]
-        return [Row(name, device, wrong=f"{type(error).__name__}: {first}")]
+        yield Row(name, device, wrong=f"{type(error).__name__}: {first}")
+
+
+def guarded(name: str, device: str, measure: Callable[..., list[Row]], *args: Any) -> list[Row]:
+    """`measure(*args)`, or a row that says what went wrong, as :func:`guarded_rows`."""
+
+    def rows() -> Iterator[Row]:
+        yield from measure(*args)
+
+    return list(guarded_rows(name, device, rows()))
 
 
 def attempt(function: Callable[[], Any]) -> tuple[str, Any]:
