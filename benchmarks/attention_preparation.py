@@ -78,7 +78,7 @@ def prepare_all(
     died: dict[Task, str] = {}
     # modules are found where this process found them, from another folder too
     path = os.pathsep.join([str(ROOT), *(str(Path(p).resolve()) for p in sys.path if p)])
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2"}
     with tempfile.TemporaryDirectory() as folder:
         try:
             while (waiting or running) and time.monotonic() < until:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# On a GPU torch chooses among its kernels by length and mask: these two take any.
+ANY_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Timing(NamedTuple):
@@ -128,7 +133,8 @@ def dense_attention(
             own = own.to(dtype).log()
         # one KV head for each query head: gradients of those that share one are added up
         keys, values = (t.repeat_interleave(group, 1) for t in parts[1:])
-        out = F.scaled_dot_product_attention(parts[0], keys, values, attn_mask=own)
+        with sdpa_kernel(ANY_MASK) if q.is_cuda else contextlib.nullcontext():
+            out = F.scaled_dot_product_attention(parts[0], keys, values, attn_mask=own)
         slices.append(out.detach())
         if dout is not None:
             given = dout[..., start:stop, :].to(dtype)
