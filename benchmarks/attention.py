@@ -301,8 +301,8 @@ def print_short(rows: Sequence[Row]) -> None:
     """The final table: a line a row."""
     bad = [bool(row.wrong) or row.holds is False for row in rows]
     report.draw(HEAD, [short_cells(row) for row in rows], bad, width=160)
-    legend = ", ".join(f"{short} {name}" for name, short in SHORT.items())
-    print(f"Ratios are how many times faster this library is than {legend}.")
+    legend = ", ".join(f"{short}: {name}" for name, short in SHORT.items())
+    print(f"Ratios are how many times faster this library is ({legend}).")
     line = report.accuracy(rows)
     if line:
         print(line)
