@@ -839,6 +839,7 @@ SEQUENCE_CASES = [
         heads=4,
         kv_heads=2,
         heads_read="kv",
+        how=TOKENS_FIRST,
         sequences=packed((1, 200), (1, 1), (1, 17), (0, 30), (1, 64), (2, 130)),
         small=True,
     ),
