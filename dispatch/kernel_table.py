@@ -100,6 +100,7 @@ class KernelTable:
     def __init__(self) -> None:
         self.rows: dict[str, list[Kernel]] = {}
         self.chosen: dict[Any, Kernel | None] = {}
+        self.changes = 0  # what was chosen before a change may be wrong after it
 
 
 KERNELS = KernelTable()
@@ -140,6 +141,7 @@ def register_kernel(
     kernel = Kernel(op, name, implementation, requires, place)
     rows.insert(0 if first else len(rows), kernel)
     KERNELS.chosen.clear()
+    KERNELS.changes += 1
     return kernel
 
 
@@ -149,6 +151,7 @@ def unregister_kernel(kernel: Kernel) -> None:
     if kernel in rows:
         rows.remove(kernel)
     KERNELS.chosen.clear()
+    KERNELS.changes += 1
 
 
 def kernel(

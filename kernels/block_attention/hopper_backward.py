@@ -131,14 +131,15 @@ def block_attention_backward(
     terms, workspace = _scratch(plan, q)
     _launch_terms(out, dout, lse, dlse, terms, pattern, plan.units)
     arguments = plan.shared | _described(q, k, v, dout, terms, workspace, dq, dk, dv)
-    for programs, own in plan.launches:
-        hopper_attention_backward[(programs,)](**arguments, **own, **plan.options)
+    with torch.cuda.device_of(q):
+        for programs, own in plan.launches:
+            hopper_attention_backward[(programs,)](**arguments, **own, **plan.options)
     return dq, dk, dv, None
 
 
 class PreparedBackward:
-    """Backward passes on operands of one shape, without dropout, sequences and a gradient of lse:
-    all but addresses is settled. Made by a first pass, which compiles and returns nothing.
+    """Backward passes on operands like these, without dropout, sequences and a gradient of lse: all
+    but addresses is settled.
     """
 
     def __init__(
@@ -158,15 +159,14 @@ class PreparedBackward:
         terms, workspace = _scratch(plan, q)
         gradients = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
         grid, arguments, options = _terms_launch(out, dout, lse, None, terms, pattern, plan.units)
-        compiled = attention_unit_terms[grid](**arguments, **options)
         self._terms_programs = grid[0]
-        self._terms = PackedLaunch(compiled, arguments | options)
-        shared = plan.shared | _described(q, k, v, dout, terms, workspace, *gradients)
-        programs, own = plan.launches[0]
-        compiled = hopper_attention_backward[(programs,)](**shared, **own, **plan.options)
-        names = hopper_attention_backward.arg_names
-        given = shared | own | plan.options
-        self._packed = PackedLaunch(compiled, {name: given[name] for name in names})
+        moving = ("out_ptr", "dout_ptr", "lse_ptr", "terms_ptr")
+        self._terms = PackedLaunch(attention_unit_terms, arguments, options, moving)
+        arguments = plan.shared | plan.launches[0][1]
+        arguments |= _described(q, k, v, dout, terms, workspace, *gradients)
+        self._packed = PackedLaunch(
+            hopper_attention_backward, arguments, plan.options, ("dq_ptr", "counter_ptr")
+        )
 
     def __call__(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, stream: int
@@ -259,7 +259,8 @@ def _terms_launch(
 
 def _launch_terms(*operands: Any) -> None:
     grid, arguments, options = _terms_launch(*operands)
-    attention_unit_terms[grid](**arguments, **options)
+    with torch.cuda.device_of(arguments["out_ptr"]):
+        attention_unit_terms[grid](**arguments, **options)
 
 
 def workspace_shares(places: int, group: int, key_heads: int, dtype: torch.dtype) -> int:
@@ -288,9 +289,8 @@ def _plan(
     (m, _), (bm, bn) = pattern.shape, pattern.block_size
     d = max(64, padded_head_dim(max(head_dim, value_dim)))
     group, key_heads = heads // kv_heads, batch * kv_heads
-    head_map = head_map.contiguous()
     # the query heads of a key head visit its columns together: their lists have to be paired alike
-    alike = shared_lists(pattern, heads, group)
+    alike = shared_lists(pattern, head_map, group)
     by_column, by_row, places, num_places = gradient_schedules(pattern, 2, pair_by_length=alike)
     column_groups, row_groups = by_column.rows.shape[1], by_row.rows.shape[1]
     first_group = (m - nq) // 128

@@ -102,15 +102,13 @@ def block_attention(
         lse.fill_(-math.inf)
     if not nothing:
         keep = (dropout_p, seed) if seed is not None and dropout_p > 0 else (0.0, None)
-        _launch(q, k, v, out, lse, pattern, head_map, scale, *keep, sequences).run()
+        with torch.cuda.device_of(q):
+            _launch(q, k, v, out, lse, pattern, head_map, scale, *keep, sequences).run()
     return out, lse
 
 
 class PreparedForward:
-    """Calls on operands of one shape, without dropout and sequences: all but addresses is settled.
-
-    Made by a first call, which compiles the kernel and returns nothing.
-    """
+    """Calls on operands like these, without dropout and sequences: all but addresses is settled."""
 
     def __init__(
         self,
@@ -124,9 +122,13 @@ class PreparedForward:
         scale: float,
     ) -> None:
         launch = _launch(q, k, v, out, lse, pattern, head_map, scale, 0.0, None, None)
-        self._programs = launch.programs
-        self._packed = PackedLaunch(launch.run(), launch.arguments | launch.options)
-        self._device = q.device
+        self._programs, self._device = launch.programs, q.device
+        self._packed = PackedLaunch(
+            hopper_attention_forward,
+            launch.arguments,
+            launch.options,
+            ("out_ptr", "lse_ptr", "counter_ptr"),
+        )
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, stream: int
@@ -167,7 +169,7 @@ def _launch(
     group = heads // kv_heads
     # two heads that read the same lists and keys share a program as two units would
     paired = tuning.units == 2 and sequences is None and group % 2 == 0
-    paired = paired and shared_lists(pattern, heads, 2)
+    paired = paired and shared_lists(pattern, head_map, 2)
     units = 1 if paired else tuning.units
     schedule = unit_schedule(pattern, units, tuning.keys)
     groups = schedule.rows.shape[1]
@@ -180,7 +182,6 @@ def _launch(
         tiles = nq // (units * 64) + 2
         extra = 2 * sequences.num_sequences if sequences.packed else 0
         items = heads * (tiles * batch + extra)
-    head_map = head_map.contiguous()
     piece = min(bn, tuning.keys)
     in_order = first_group == 0 and sequences is None
     arguments = {
