@@ -9,6 +9,7 @@ the pattern's device without waiting for it, and cached with the pattern.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -173,7 +174,7 @@ def _build(p: BlockPattern, units: int, tile: int, pair_by_length: bool) -> Unit
     slot = torch.where(owner[ranked] < total, slot, bound * slots_per_tile)
 
     def by_slot(values: Tensor, missing: float) -> Tensor:
-        values = values.reshape(entries, -1)
+        values = values.view(entries, math.prod(values.shape[1:]))
         out = values.new_full((bound * slots_per_tile + 1, values.shape[1]), missing)
         out[slot] = values[ranked]
         return out[:-1]
