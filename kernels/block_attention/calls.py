@@ -44,7 +44,7 @@ def _uses(
     bias: bool = False,
     lengths: bool = False,
 ) -> list[Use]:
-    own = facts(q, k, v, mask.block_size, bias=bias, lengths=lengths)
+    own = facts(q, k, v, mask.block_pattern, bias=bias, lengths=lengths)
     uses = [Use("forward", OP, own)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         uses.append(Use("gradients", BACKWARD, own))
