@@ -1,4 +1,4 @@
-"""Attention where 32-bit offsets and the current GPU would not do; both kernels, both directions."""
+"""Attention where 32-bit offsets and the current GPU do not do; both kernels and directions."""
 
 from __future__ import annotations
 
