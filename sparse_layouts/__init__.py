@@ -65,6 +65,7 @@ from sparse_layouts.kernels import grouped_nm as _grouped_nm  # noqa: F401  isor
 from sparse_layouts.kernels import nm_matmul as _nm_matmul  # noqa: F401  isort: skip
 from sparse_layouts.kernels import nm_sddmm as _nm_sddmm  # noqa: F401  isort: skip
 from sparse_layouts.kernels.block_attention.calls import attention  # isort: skip
+from sparse_layouts.kernels.linear_layers import linear  # isort: skip
 from sparse_layouts.kernels.sddmm import sddmm  # isort: skip
 
 __all__ = [
@@ -99,6 +100,7 @@ __all__ = [
     "grouped_nm",
     "kernel",
     "kernel_choice",
+    "linear",
     "load_mtx",
     "load_safetensors",
     "load_smtx",
