@@ -85,9 +85,23 @@ def entry_rows(crow_indices: Tensor, num_blocks: int) -> Tensor:
     """The global block row (pattern * Mb + row) of every entry of the row lists, int64, without a
     host sync.
     """
-    counts = crow_indices.diff(dim=-1).flatten()
-    rows = torch.arange(counts.numel(), device=counts.device)
-    return rows.repeat_interleave(counts.long(), output_size=num_blocks)
+    return entry_lines(crow_indices, num_blocks).long()
+
+
+def entry_lines(offsets: Tensor, num_entries: int) -> Tensor:
+    """The global line (pattern * lines + line) of every entry of row or column lists, in the dtype
+    of `offsets` (P, lines + 1), without a host sync.
+    """
+    return torch.repeat_interleave(offsets.diff(dim=-1).flatten(), output_size=num_entries)
+
+
+def line_offsets(counts: Tensor) -> Tensor:
+    """int32 (P, lines + 1), from counts (P, lines): where the lines of each pattern begin in one
+    list of all, and where its last one ends.
+    """
+    patterns, lines = counts.shape
+    ends = torch.nn.functional.pad(counts.flatten(), (1, 0)).cumsum(0, dtype=torch.int32)
+    return ends.as_strided((patterns, lines + 1), (lines, 1)).contiguous()
 
 
 def column_lists(
@@ -96,9 +110,9 @@ def column_lists(
     """Column lists `(ccol_indices, row_indices, position in the row lists)` of row lists; no host
     sync on a GPU.
     """
-    patterns, mb = crow_indices.shape[0], crow_indices.shape[1] - 1
-    nnzb, device = col_indices.shape[0], col_indices.device
-    if type(col_indices) is Tensor and device.type == "cpu" and nnzb:
+    patterns = crow_indices.shape[0]
+    on_cpu = type(col_indices) is Tensor and col_indices.device.type == "cpu"
+    if on_cpu and col_indices.shape[0]:
         # scipy's counting sort, a pattern at a time: 12x faster than torch.sort here
         parts = [
             _columns_of_one(crow_indices[p].numpy(), col_indices.numpy(), num_block_columns)
@@ -109,17 +123,27 @@ def column_lists(
             for part in zip(*parts, strict=True)
         )
         return starts.view(patterns, -1), row_indices, position
-    rows = entry_rows(crow_indices, nnzb)
-    keys = rows.div(max(mb, 1), rounding_mode="floor") * num_block_columns + col_indices
-    position = torch.argsort(keys, stable=True)
-    counts = torch.zeros(patterns * num_block_columns, dtype=torch.int32, device=device)
-    counts.index_add_(0, keys, torch.ones_like(keys, dtype=torch.int32))
-    starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    row_indices = (rows[position] % max(mb, 1)).int()
-    position = position.int()
-    first = torch.arange(patterns, device=device)[:, None] * num_block_columns
-    each = torch.arange(num_block_columns + 1, device=device)[None, :]
-    return starts[first + each].contiguous(), row_indices, position
+    return _columns_by_sorting(crow_indices, col_indices, num_block_columns)
+
+
+def _columns_by_sorting(
+    crow_indices: Tensor, col_indices: Tensor, num_block_columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`column_lists` by a stable sort."""
+    patterns, mb = crow_indices.shape[0], crow_indices.shape[1] - 1
+    nnzb, device = col_indices.shape[0], col_indices.device
+    columns = patterns * num_block_columns
+    dtype = torch.int32 if columns < 2**31 else torch.int64  # the narrower sorts faster
+    rows, keys = entry_lines(crow_indices, nnzb), col_indices.to(dtype)
+    if patterns > 1:
+        pattern = rows.div(max(mb, 1), rounding_mode="floor")
+        rows = rows.sub_(pattern, alpha=mb)
+        keys = pattern.to(dtype).mul_(num_block_columns).add_(keys)
+    keys, position = keys.sort(stable=True)
+    edges = torch.arange(columns + 1, dtype=dtype, device=device)
+    starts = torch.searchsorted(keys, edges, out_int32=True)
+    starts = starts.as_strided((patterns, num_block_columns + 1), (num_block_columns, 1))
+    return starts.contiguous(), rows.index_select(0, position).int(), position.int()
 
 
 def _columns_of_one(
