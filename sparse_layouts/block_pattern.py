@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -354,72 +354,6 @@ def dense_counts(pattern: BlockPattern) -> Tensor:
     return out.reshape(*p.lead, m, n)
 
 
-def pattern_from_dense(
-    blocks: Tensor,
-    block_size: tuple[int, int],
-    shape: tuple[int, int],
-    block_tiles: Tensor | None = None,
-    tiles: Tensor | None = None,
-) -> BlockPattern:
-    """A pattern from a matrix of blocks (*lead, Mb, Nb), bool or integer counts. One host sync;
-    equal heads are stored once.
-
-    `block_tiles` (*lead, Mb, Nb) int32 names the bit tile of each stored block (0: full).
-    """
-    lead = tuple(blocks.shape[:-2])
-    mb, nb = blocks.shape[-2:]
-    flat = blocks.reshape(math.prod(lead), mb, nb)
-    flat_tiles = None if block_tiles is None else block_tiles.reshape(flat.shape)
-    head_map = None
-    if flat.shape[0] > 1:
-        same = torch.where(flat != 0, flat.long(), 0)
-        if flat_tiles is not None:
-            same = same * (int(flat_tiles.max()) + 2) + torch.where(flat != 0, flat_tiles, 0)
-        first, head = _equal_rows(same.flatten(1))
-        if len(first) < flat.shape[0]:
-            flat = flat[first]
-            flat_tiles = None if flat_tiles is None else flat_tiles[first]
-            head_map = head.int()
-    stored = flat != 0
-    counts = stored.sum(-1)  # (P, Mb)
-    ends = torch.nn.functional.pad(counts.flatten().cumsum(0), (1, 0))
-    where = torch.arange(flat.shape[0], device=flat.device)[:, None] * mb
-    crow = ends[where + torch.arange(mb + 1, device=flat.device)[None, :]].int()
-    index = stored.nonzero(as_tuple=True)
-    block_counts = None
-    if flat.dtype != torch.bool:
-        block_counts = flat[index].int()
-    return build_pattern(
-        crow,
-        index[2].int(),
-        shape=shape,
-        block_size=block_size,
-        lead=lead,
-        head_map=head_map,
-        block_tiles=None if flat_tiles is None else flat_tiles[index].int(),
-        tiles=tiles,
-        block_counts=block_counts,
-    )
-
-
-def _equal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Of an integer matrix: the first row of each kind, and for each row its kind, kinds numbered
-    as they first appear.
-    """
-    data = np.ascontiguousarray(rows.cpu().numpy())
-    seen: dict[bytes, int] = {}
-    first: list[int] = []
-    kind: list[int] = []
-    for i in range(data.shape[0]):
-        key = data[i].tobytes()
-        if key not in seen:
-            seen[key] = len(first)
-            first.append(i)
-        kind.append(seen[key])
-    device = rows.device
-    return torch.tensor(first, device=device), torch.tensor(kind, device=device)
-
-
 def causal_tile(bm: int, bn: int, device: torch.device) -> Tensor:
     """The packed diagonal tile (1, bm, words) of a causal mask."""
     return pack_tiles(torch.ones(1, bm, bn, dtype=torch.bool, device=device).tril())
@@ -430,3 +364,34 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def interval_tiles(starts: np.ndarray, stops: np.ndarray, columns: int) -> np.ndarray:
+    """Packed tiles (T, bm, ceil(columns/32)) on the host: row r of tile t is True from column
+    `starts[t, r]` to before `stops[t, r]`, both from 0 to `columns`.
+    """
+    words = -(-columns // WORD_BITS)
+    right = np.arange(words * WORD_BITS) >= np.arange(columns + 1)[:, None]
+    from_column = np.packbits(right, axis=1, bitorder="little").view("<i4")  # (columns + 1, words)
+    return from_column[starts] & ~from_column[stops]
+
+
+def send_together(arrays: Sequence[np.ndarray | None], device: torch.device) -> list[Any]:
+    """int32 tensors on `device` of small arrays of the host, views of one buffer; None stays.
+
+    One copy, on a GPU from pinned memory, so that nobody waits for it.
+    """
+    sizes = [0 if array is None else array.size for array in arrays]
+    pinned = device.type == "cuda"
+    buffer = torch.empty(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=pinned)
+    host = buffer.numpy()
+    end = 0
+    for array, size in zip(arrays, sizes, strict=True):
+        if array is not None:
+            host[end : end + size] = array.reshape(-1)
+            end += size
+    moved = buffer.to(device, non_blocking=True).split(sizes)
+    return [
+        None if array is None else part.view(array.shape)
+        for array, part in zip(arrays, moved, strict=True)
+    ]

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from sparse_layouts.block_pattern import (
+    BlockPattern,
     build_pattern,
     entry_rows,
     from_progressions,
+    interval_tiles,
     pack_tiles,
-    pattern_from_dense,
     send,
+    send_together,
 )
 from sparse_layouts.bsr_tensor import BSRTensor, block_size_pair
+from sparse_layouts.dense_blocks import pattern_from_dense
 from sparse_layouts.dense_rows import dense_source
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.matrix_sources import is_scipy
@@ -94,23 +97,34 @@ def bsr_mask(
             f"{(mb * bm, nb * bn)}, not {(m, n)}; "
             f"that takes {-(-m // bm)} x {-(-n // bn)} blocks"
         )
-    ids = tiles = None
     if causal:
-        # Block (i, j) sees rows i * bm + r and columns j * bn + c: only i * bm - j * bn matters.
-        offset = (
-            torch.arange(mb, device=blocks.device)[:, None] * bm
-            - torch.arange(nb, device=blocks.device) * bn
-        )
-        blocks = torch.where(offset + bm - 1 >= 0, blocks, torch.zeros_like(blocks))
-        partial = (offset + bm - 1 >= 0) & (offset < bn - 1)
-        kinds, kind = torch.unique(offset[partial], return_inverse=True)
-        if kinds.numel():
-            r, c = torch.arange(bm, device=blocks.device), torch.arange(bn, device=blocks.device)
-            tiles = pack_tiles(kinds[:, None, None] + r[:, None] >= c)
-            ids = torch.zeros_like(offset, dtype=torch.int32)
-            ids[partial] = kind.int() + 1
-            ids = ids.expand(blocks.shape)
-    return BSRTensor.on_pattern(None, pattern_from_dense(blocks, (bm, bn), (m, n), ids, tiles))
+        # the last block column of every block row that is not all right of the diagonal
+        (last,) = send_together([(np.arange(mb) * bm + bm - 1) // bn], blocks.device)
+        blocks = blocks * (torch.arange(nb, device=blocks.device) <= last[:, None])
+    pattern = pattern_from_dense(blocks, (bm, bn), (m, n))
+    return BSRTensor.on_pattern(None, _causal_by_token(pattern) if causal else pattern)
+
+
+def _causal_by_token(pattern: BlockPattern) -> BlockPattern:
+    """A pattern of full blocks, none all right of the diagonal, without what is right of it."""
+    (mb, nb), (bm, bn), device = pattern.grid, pattern.block_size, pattern.device
+    # Block (i, j) sees rows i * bm + r and columns j * bn + c: only i * bm - j * bn matters, and
+    # from bn - 1 on the block is full.
+    row = np.arange(mb)[:, None]
+    column = (row * bm + 1) // bn + np.arange((bm - 2) // bn + 2)  # the partial blocks of a row
+    offset = row * bm - column * bn
+    kinds = np.unique(offset[(column < nb) & (offset > -bm) & (offset < bn - 1)])
+    if not kinds.size:
+        return pattern
+    stops = np.clip(kinds[:, None] + np.arange(bm) + 1, 0, bn)
+    number = np.zeros(bm + bn - 1)
+    number[kinds + bm - 1] = np.arange(1, kinds.size + 1)
+    words = interval_tiles(np.zeros_like(stops), stops, bn)
+    number, words = send_together([number, words], device)
+    rows = entry_rows(pattern.crow_indices, pattern.num_blocks) % mb
+    offsets = (rows * bm).sub_(pattern.col_indices, alpha=bn)
+    ids = number.index_select(0, offsets.clamp_(max=bn - 1).add_(bm - 1))
+    return pattern._replace(block_tiles=ids, tiles=words.clone())
 
 
 def mask_from(
@@ -153,19 +167,22 @@ def mask_from(
     mb, nb = -(-m // bm), -(-n // bn)
     pad = (0, nb * bn - n, 0, mb * bm - m)
 
-    def blocked(value: bool) -> Tensor:
+    def blocked(value: bool) -> Tensor:  # [*lead, mb, bm, nb, bn]
         padded = torch.nn.functional.pad(dense, pad, value=value) if any(pad) else dense
-        return padded.view(*lead, mb, bm, nb, bn).transpose(-3, -2)
+        return padded.reshape(*lead, mb, bm, nb, bn)
 
-    stored = blocked(False).any(-1).any(-1)
+    # as bytes: any() and all() of bools take 30 times longer on a CPU
+    stored = blocked(False).view(torch.uint8).amax(-3).amax(-1).bool()
     # what lies over the edge is never read: True there lets an edge block be full
     true_edges = blocked(True)
-    partial = stored & ~true_edges.all(-1).all(-1)
+    partial = stored & ~true_edges.view(torch.uint8).amin(-3).amin(-1).bool()
     ids = tiles = None
-    if bool(partial.any()):
-        tiles, kind = torch.unique(pack_tiles(true_edges[partial]), dim=0, return_inverse=True)
+    index = partial.nonzero(as_tuple=True)
+    if index[0].numel():
+        bits = true_edges.transpose(-3, -2)[index]
+        tiles, kind = torch.unique(pack_tiles(bits), dim=0, return_inverse=True)
         ids = torch.zeros_like(stored, dtype=torch.int32)
-        ids[partial] = kind.int() + 1
+        ids[index] = kind.int() + 1
     return BSRTensor.on_pattern(None, pattern_from_dense(stored, (bm, bn), (m, n), ids, tiles))
 
 
