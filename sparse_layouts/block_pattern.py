@@ -9,7 +9,7 @@ blocks); a matrix of blocks is never made.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -252,52 +252,6 @@ def _expand_heads(p: BlockPattern) -> BlockPattern:
     )
 
 
-def from_progressions(
-    segments: Callable[[torch.device], Sequence[tuple[Tensor, Tensor | int, Tensor]]],
-    *,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Row lists `(crow_indices, col_indices)` of rows that are a few arithmetic progressions each.
-
-    `segments(device)` returns, from left to right, `(start, step, count)` of shape (P, Mb) each:
-    block columns `start + step * t` for `0 <= t < count`. It is called on the CPU for the number of
-    blocks and again on `device` for the lists, so that a GPU is never waited for.
-    """
-    total = sum(int(count.sum()) for _, _, count in segments(torch.device("cpu")))
-    parts = list(segments(device))
-    counts = torch.stack([count.long() for _, _, count in parts], -1)  # (P, Mb, S)
-    patterns, mb, num = counts.shape
-    flat = counts.flatten()
-    ends = flat.cumsum(0)
-    starts = torch.stack([start.long().expand(patterns, mb) for start, _, _ in parts], -1)
-    steps = torch.stack(
-        [
-            step.expand(patterns, mb)
-            if isinstance(step, Tensor)
-            else torch.full((patterns, mb), step, device=device)
-            for _, step, _ in parts
-        ],
-        -1,
-    )
-    # column = start + step * (entry - first entry of the part); with the first entry folded into
-    # the start
-    origin = (starts.flatten() - steps.flatten() * (ends - flat)).int()
-    if device.type == "cpu":  # numpy repeats values 4x faster than torch gathers them
-        repeats = flat.numpy()
-        columns = torch.from_numpy(np.arange(total, dtype=np.int32))
-        columns.mul_(torch.from_numpy(np.repeat(steps.flatten().int().numpy(), repeats)))
-        columns.add_(torch.from_numpy(np.repeat(origin.numpy(), repeats)))
-    else:
-        part = torch.arange(flat.numel(), device=device).repeat_interleave(flat, output_size=total)
-        columns = torch.arange(total, device=device, dtype=torch.int32)
-        columns = columns.mul_(steps.flatten().int()[part]).add_(origin[part])
-    row_ends = ends.view(patterns * mb, num)[:, -1] if patterns * mb else ends
-    row_ends = torch.nn.functional.pad(row_ends, (1, 0))
-    first = torch.arange(patterns, device=device)[:, None] * mb
-    crow = row_ends[first + torch.arange(mb + 1, device=device)[None, :]]
-    return crow.int(), columns
-
-
 def pack_tiles(tiles: Tensor) -> Tensor:
     """Packs bool tiles (T, bm, bn) into int32 words (T, bm, ceil(bn/32)), a bit a column."""
     count, bm, bn = tiles.shape
@@ -352,18 +306,6 @@ def dense_counts(pattern: BlockPattern) -> Tensor:
     if p.head_map is not None:
         out = out[p.head_map.long()]
     return out.reshape(*p.lead, m, n)
-
-
-def causal_tile(bm: int, bn: int, device: torch.device) -> Tensor:
-    """The packed diagonal tile (1, bm, words) of a causal mask."""
-    return pack_tiles(torch.ones(1, bm, bn, dtype=torch.bool, device=device).tril())
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small CPU tensor on `device`; by way of pinned memory, so that a GPU is not waited for."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def interval_tiles(starts: np.ndarray, stops: np.ndarray, columns: int) -> np.ndarray:
