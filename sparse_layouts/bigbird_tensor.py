@@ -198,15 +198,17 @@ def _merged(drawn: np.ndarray, n: int, b: int, on: torch.device) -> BlockPattern
     )
 
 
-def _put(table: np.ndarray, row: Any, drawn: np.ndarray, legal: int) -> None:
-    """Writes drawn blocks into a place of the table; a single one fills it, as in the sources."""
-    if drawn.size not in (1, table[row].size):
+def _first_of(count: int, legal: int) -> np.ndarray:
+    """(count,): which of a row's `legal` blocks, in the order drawn, it stores; a single one fills
+    the row, as in the sources.
+    """
+    if min(count, legal) not in (1, count):
         raise ValueError(
-            f"bigbird: a row draws {table[row].size} random blocks and has {legal} to draw from; "
+            f"bigbird: a row draws {count} random blocks and has {legal} to draw from; "
             f"take fewer random blocks, a smaller block_size, source='hf-eval', or attend to "
             f"everything without a mask (transformers does so for short sequences)"
         )
-    table[row] = drawn
+    return np.minimum(np.arange(count), legal - 1)
 
 
 def _draw_from_table(
@@ -232,10 +234,18 @@ def _draw_from_table(
         else:
             pool = np.concatenate([before, middle[i + 1 : last]])
         pools.append(pool)
+    sizes = [pool.size for pool in pools]
+    ends = np.cumsum(sizes)
+    chosen = [end - size + _first_of(r, size) for end, size in zip(ends, sizes, strict=True)]
+    in_order = np.concatenate(pools)
+    shuffled = in_order.copy()
+    rows = np.split(shuffled, ends[:-1])  # views
     table = np.empty((heads, table_blocks - 2, r), dtype=np.int64)
     for h in range(heads):
-        for i, pool in enumerate(pools):
-            _put(table, (h, i), rng.permutation(pool)[:r], pool.size)
+        shuffled[:] = in_order
+        for row in rows:
+            rng.shuffle(row)
+        table[h] = shuffled[chosen]
     drawn = table[:, : nb - 2]
     if int(drawn.max()) >= nb:
         raise ValueError(
@@ -270,14 +280,18 @@ def _draw_by_plan(rng: Any, heads: int, nb: int, r: int) -> np.ndarray:
             continue
         start, end = starts[s], ends[s]
         place = slice(sum(counts[:s]), sum(counts[: s + 1]))
-        columns = np.arange(start, end)
+        shuffled = np.empty((heads, end - start), dtype=np.int64)
         for i in rows:
             # no neighbours, no end of the segment, and no block that is global from there
             illegal = [i - 1, i, i + 1, 0, end - 1]
             illegal += [end - 2] if i == 1 else []
             illegal += [1] if i == end - 2 else []
-            for h in range(heads):
-                order = rng.permutation(columns)
-                legal = order[~np.isin(order, illegal)]
-                _put(drawn, (h, i, place), legal[: counts[s]], legal.size)
+            shuffled[:] = np.arange(start, end)
+            for head in shuffled:
+                rng.shuffle(head)
+            legal = np.ones(nb + 1, dtype=bool)
+            legal[illegal] = False
+            number = int(legal[start:end].sum())
+            in_order = shuffled[legal[shuffled]].reshape(heads, number)
+            drawn[:, i, place] = in_order[:, _first_of(counts[s], number)]
     return drawn[:, 1:-1]
