@@ -32,7 +32,9 @@ class Facts(NamedTuple):
     (the largest power of two up to 64 that divides both sizes of the layout's matrix).
     `cusparselt`: whether torch has that library, False off CUDA. `deterministic`: whether
     `torch.use_deterministic_algorithms` is set, told only by ops that have a kernel without that
-    promise.
+    promise. Of attention: whether there is a `bias`, whether its operands are sequences of several
+    `lengths`, whether Hopper's copy engine can read q, k and v (`tma`; False off Hopper), and bytes
+    of the scores that a key head stores (`head_bytes`; 0 if few, and off Hopper).
     """
 
     device: str
@@ -48,6 +50,10 @@ class Facts(NamedTuple):
     cusparselt: bool = False
     row_entries: int = 0
     deterministic: bool = False
+    bias: bool = False
+    lengths: bool = False
+    tma: bool = False
+    head_bytes: int = 0
 
 
 Requires = Callable[[Facts], "str | None"]
@@ -96,6 +102,7 @@ class KernelTable:
     def __init__(self) -> None:
         self.rows: dict[str, list[Kernel]] = {}
         self.chosen: dict[Any, Kernel | None] = {}
+        self.changes = 0  # what was chosen before a change may be wrong after it
 
 
 KERNELS = KernelTable()
@@ -136,6 +143,7 @@ def register_kernel(
     kernel = Kernel(op, name, implementation, requires, place)
     rows.insert(0 if first else len(rows), kernel)
     KERNELS.chosen.clear()
+    KERNELS.changes += 1
     return kernel
 
 
@@ -145,6 +153,7 @@ def unregister_kernel(kernel: Kernel) -> None:
     if kernel in rows:
         rows.remove(kernel)
     KERNELS.chosen.clear()
+    KERNELS.changes += 1
 
 
 def kernel(

@@ -3,55 +3,122 @@ without the scores in memory.
 
 Reached through `F.scaled_dot_product_attention(attn_mask=mask)` and, for what that has no argument
 for, `sl.attention`. Gradients to q, k, v and the bias; the logsumexp is an output with a gradient
-of its own. Backward recomputes the probabilities tile by tile.
+of its own. Backward recomputes the probabilities tile by tile. Several sequences in one call,
+packed or padded, are an argument of every kernel (`sequences.py`).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparse_layouts import opaque
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.bsr_tensor import BSRTensor
+from sparse_layouts.derived import derived
 from sparse_layouts.dispatch import (
     Facts,
-    Use,
+    capability_of,
     current,
     facts_of,
     register_kernel,
     restored,
-    route,
     run,
 )
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.block_attention import heads, reference
-from sparse_layouts.kernels.block_attention.checks import check_attention
+from sparse_layouts.kernels.block_attention.length_checks import (
+    Lengths,
+    check_values,
+)
+from sparse_layouts.kernels.block_attention.sequences import (
+    Sequences,
+    packed_sequences,
+    padded_sequences,
+    sequences_of,
+)
 from sparse_layouts.layout_autograd import apply, differentiates, unwrapped
 
 OP, BACKWARD = "block_attention", "block_attention_backward"
 _HERE = "sparse_layouts.kernels.block_attention"
+register_kernel(OP, "hopper", f"{_HERE}.hopper_forward:{OP}", requirements.hopper_attention)
 register_kernel(OP, "triton", f"{_HERE}.triton_forward:{OP}", requirements.triton_attention)
 register_kernel(OP, "cpu", f"{_HERE}.cpu:{OP}", requirements.cpu)
+register_kernel(
+    BACKWARD,
+    "hopper",
+    f"{_HERE}.hopper_backward:{BACKWARD}",
+    requirements.hopper_attention_backward,
+)
 register_kernel(
     BACKWARD, "triton", f"{_HERE}.triton_backward:{BACKWARD}", requirements.triton_attention
 )
 register_kernel(BACKWARD, "cpu", f"{_HERE}.cpu_backward:{BACKWARD}", requirements.cpu)
 
 
-def facts(q: Tensor, v: Tensor, block_size: tuple[int, int]) -> Facts:
-    """What the choice of a kernel depends on."""
-    return facts_of(q, block_size=block_size, head_dim=max(q.shape[-1], v.shape[-1]))
+def facts(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, *, bias: bool, lengths: bool
+) -> Facts:
+    """What the choice of a kernel depends on; operands are 2-D to 4-D."""
+    hopper = capability_of(q.device) == (9, 0)
+    return facts_of(
+        q,
+        block_size=pattern.block_size,
+        head_dim=max(q.shape[-1], v.shape[-1]),
+        bias=bias,
+        lengths=lengths,
+        tma=hopper and all(map(_tma_readable, (q, k, v))),
+        head_bytes=_head_bytes(q, k, pattern) if hopper else 0,
+    )
 
 
-def _dense_bytes(q: Tensor, k: Tensor) -> int:
+def _head_bytes(q: Tensor, k: Tensor, p: BlockPattern) -> int:
+    """Bytes of the scores that a key head stores at most, blocks counted whole; 0 where all lists
+    together have so few blocks that it does not matter.
+    """
+    group = 1 if q.dim() < 3 else q.shape[-3] // max(1, k.shape[-3])
+    each = group * math.prod(p.block_size) * q.element_size()
+    if p.num_blocks * each <= requirements.HOPPER_WORKSPACE_BYTES // 2:
+        return 0
+
+    def most_blocks() -> int:
+        return int((p.crow_indices[:, -1] - p.crow_indices[:, 0]).amax())
+
+    return derived(p, "most_blocks", most_blocks) * each
+
+
+def _tma_readable(x: Tensor) -> bool:
+    """Whether Hopper's copy engine can read x (B, H, N, D): rows unbroken, in steps of 16 bytes."""
+    *outer, last = x.stride()
+    steps = [step for size, step in zip(x.shape, outer, strict=False) if size > 1]
+    bytes_of = x.element_size()
+    return (
+        last == 1
+        and x.shape[-1] > 0
+        and x.shape[-1] * bytes_of % 16 == 0
+        and all(step > 0 and step * bytes_of % 16 == 0 for step in steps)
+        and x.data_ptr() % 16 == 0
+    )
+
+
+def _dense_bytes(q: Tensor, k: Tensor, p: BlockPattern, sequences: Sequences | None) -> int:
     # the scores and the probabilities, in fp32 (fp64 for fp64)
-    return 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * max(4, q.element_size())
+    batch, rows, columns = q.shape[0], q.shape[2], k.shape[2]
+    if sequences is not None:
+        batch, (rows, columns) = sequences.num_sequences, p.shape
+    return 2 * batch * q.shape[1] * rows * columns * max(4, q.element_size())
+
+
+def check_lengths(q: Tensor, k: Tensor, pattern: BlockPattern, sequences: Sequences | None) -> None:
+    """Raises `ValueError` for lengths on the CPU that do not fit; in the op, so that compiled code
+    checks too.
+    """
+    if sequences is not None and q.device.type == "cpu":
+        check_values("attention", sequences, q.shape[2], k.shape[2], pattern.shape)
 
 
 def _launch(
@@ -64,12 +131,15 @@ def _launch(
     seed: Tensor | None,
     bias: Tensor | None,
     bias_base: Tensor | None,
+    *lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    sequences = sequences_of(*lengths)
+    check_lengths(q, k, pattern, sequences)
     out, lse = run(
         OP,
-        facts(q, v, pattern.block_size),
+        facts(q, k, v, pattern, bias=bias is not None, lengths=sequences is not None),
         reference.block_attention,
-        _dense_bytes(q, k),
+        _dense_bytes(q, k, pattern, sequences),
         q,
         k,
         v,
@@ -80,6 +150,7 @@ def _launch(
         seed=seed,
         bias=bias,
         bias_base=bias_base,
+        sequences=sequences,
     )
     return _laid_out_as(out, q if q.shape[-1] == v.shape[-1] else _empty_output(q, v, "meta")), lse
 
@@ -125,15 +196,17 @@ def _launch_backward(
     bias: Tensor | None,
     bias_base: Tensor | None,
     bias_gradient: bool,
+    *lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sequences = sequences_of(*lengths)
     own = heads.OwnSlots(None, 0)
     if bias is not None and bias_gradient:
         own = heads.own_slots(pattern, q.shape[1])
     dq, dk, dv, dbias = run(
         BACKWARD,
-        facts(q, v, pattern.block_size),
+        facts(q, k, v, pattern, bias=bias is not None, lengths=sequences is not None),
         reference.block_attention_backward,
-        2 * _dense_bytes(q, k),
+        2 * _dense_bytes(q, k, pattern, sequences),
         dout,
         dlse,
         q,
@@ -150,6 +223,7 @@ def _launch_backward(
         bias_base=bias_base,
         dbias_base=own.base,
         dbias_blocks=own.blocks,
+        sequences=sequences,
     )
     dq, dk, dv = _laid_out_as(dq, q), _laid_out_as(dk, k), _laid_out_as(dv, v)
     if dbias is None or bias is None:
@@ -161,15 +235,17 @@ def _launch_backward(
 def _shape_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    bias, wanted = rest[-3], rest[-1]
+    bias, wanted = rest[6], rest[8]  # of out, lse, the pattern, ..., bias_gradient
     dbias = torch.empty_like(bias) if bias is not None and wanted else q.new_empty(0)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
 
 
+# how sequences stand in a schema: what `sequences_of` takes
+_LENGTHS = "Tensor? q_starts, Tensor? q_lens, Tensor? k_starts, Tensor? k_lens"
 block_attention_op = opaque.define(
     OP,
     "Tensor q, Tensor k, Tensor v, {pattern}, float scale, float dropout_p, Tensor? seed, "
-    "Tensor? bias, Tensor? bias_base",
+    f"Tensor? bias, Tensor? bias_base, {_LENGTHS}",
     _launch,
     _shape,
     "(Tensor, Tensor)",
@@ -178,7 +254,7 @@ block_attention_backward_op = opaque.define(
     BACKWARD,
     "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {pattern}, "
     "float scale, float dropout_p, "
-    "Tensor? seed, Tensor? bias, Tensor? bias_base, bool bias_gradient",
+    f"Tensor? seed, Tensor? bias, Tensor? bias_base, bool bias_gradient, {_LENGTHS}",
     _launch_backward,
     _shape_backward,
     "(Tensor, Tensor, Tensor, Tensor)",
@@ -186,7 +262,9 @@ block_attention_backward_op = opaque.define(
 
 
 class BlockAttention(torch.autograd.Function):
-    """`(out, lse)`; q, k, v are 4-D, the bias a layout on the mask's blocks or None."""
+    """`(out, lse)`; q, k, v are 4-D, the bias a layout on the mask's blocks or None, the lengths
+    what `sequences_of` takes.
+    """
 
     @staticmethod
     def forward(
@@ -198,25 +276,30 @@ class BlockAttention(torch.autograd.Function):
         scale: float,
         dropout_p: float,
         seed: Tensor | None,
+        q_starts: Tensor | None,
+        q_lens: Tensor | None,
+        k_starts: Tensor | None,
+        k_lens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         pattern = mask.block_pattern
         values, base = heads.bias_arguments(bias, mask, q.shape[1])
-        return block_attention_op(q, k, v, pattern, scale, dropout_p, seed, values, base)
+        lengths = (q_starts, q_lens, k_starts, k_lens)
+        return block_attention_op(q, k, v, pattern, scale, dropout_p, seed, values, base, *lengths)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        q, k, v, bias, mask, ctx.scale, ctx.dropout_p, seed = inputs
-        ctx.save_for_backward(q, k, v, bias, mask, seed, *output)
+        q, k, v, bias, mask, ctx.scale, ctx.dropout_p, seed, *lengths = inputs
+        ctx.save_for_backward(q, k, v, bias, mask, seed, *output, *lengths)
         ctx.set_materialize_grads(False)
         ctx.settings = current()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
-        q, k, v, bias, mask, seed, out, lse = ctx.saved_tensors
+        q, k, v, bias, mask, seed, out, lse, *lengths = ctx.saved_tensors
         bias, mask = unwrapped(bias), unwrapped(mask)
         if dout is None and dlse is None:
-            return (None,) * 8
+            return (None,) * 12
         if dout is None:
             dout = torch.zeros_like(out)
         wants_bias = bias is not None and ctx.needs_input_grad[3]
@@ -237,9 +320,10 @@ class BlockAttention(torch.autograd.Function):
                 values,
                 base,
                 wants_bias,
+                *lengths,
             )
             grad_bias = heads.bias_gradient(dbias, bias) if wants_bias else None
-        return dq, dk, dv, grad_bias, None, None, None, None
+        return dq, dk, dv, grad_bias, *(None,) * 8
 
 
 def attend(
@@ -250,157 +334,43 @@ def attend(
     scale: float | None,
     dropout_p: float,
     bias: BSRTensor | None = None,
+    lengths: Lengths | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` of checked operands, 2-D to 4-D, differentiable."""
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     shape = q.shape[:-1]
-    q, k, v = (t[(None,) * (4 - t.dim())] for t in (q, k, v))
+    q, k, v = (as_batch(t, lengths) for t in (q, k, v))
     batch = (
         max(q.shape[0], k.shape[0], v.shape[0]) if min(q.shape[0], k.shape[0], v.shape[0]) else 0
     )
     q, k, v = (t if t.shape[0] == batch else t.expand(batch, *t.shape[1:]) for t in (q, k, v))
+    sequences = sequences_in(q, k, lengths)
+    where = (None,) * 4 if sequences is None else sequences
     seed = None
     if dropout_p:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     if differentiates(q, k, v, bias):
-        out, lse = apply(BlockAttention, q, k, v, bias, mask, scale, dropout_p, seed)
+        out, lse = apply(BlockAttention, q, k, v, bias, mask, scale, dropout_p, seed, *where)
     else:
-        out, lse = BlockAttention.forward(q, k, v, bias, mask, scale, dropout_p, seed)
+        out, lse = BlockAttention.forward(q, k, v, bias, mask, scale, dropout_p, seed, *where)
+    if lengths is not None and lengths.packed:
+        return out[0].transpose(0, 1).contiguous(), lse[0]
     if len(shape) < 3:
         return out.view(*shape, v.shape[-1]), lse.view(shape)
     return out, lse
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    device = q.device.type
-    if not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+def as_batch(t: Tensor, lengths: Lengths | None) -> Tensor:
+    """An operand as (B, H, N, D), without a copy; packed ones have batch 1."""
+    if lengths is not None and lengths.packed:
+        t = t.transpose(0, 1)
+    return t[(None,) * (4 - t.dim())]
 
 
-def _uses(q: Tensor, k: Tensor, v: Tensor, mask: BSRTensor) -> list[Use]:
-    own = facts(q, v, mask.block_size)
-    uses = [Use("forward", OP, own)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-        uses.append(Use("gradients", BACKWARD, own))
-    return uses
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BSRTensor,
-    *,
-    scale: float | None = None,
-    bias: BSRTensor | None = None,
-    dropout_p: float = 0.0,
-    return_lse: bool = False,
-) -> Any:
-    """Attention of q to the keys that `mask` stores, with what torch's
-    `scaled_dot_product_attention` has no argument for.
-
-    q (B, H, Nq, D), k (B, Hkv, Nk, D), v (B, Hkv, Nk, Dv), any strides; Hkv divides H, query head h
-    reads KV head h // (H // Hkv). Leading dimensions may be left out ((H, N, D), (N, D)). `mask`
-    (M, Nk), (H, M, Nk), (Hkv, M, Nk) or with a leading (B) or 1, M >= Nq: fewer queries than the
-    mask has rows are its last ones. `scale`: 1 / sqrt(D) by default. `bias`: a layout of scores on
-    the mask's blocks, e.g. `sl.sddmm(a, b, mask)`, added after scaling, with gradient. `dropout_p`
-    drops probabilities, by torch's generator.
-
-    Returns out (B, H, Nq, Dv) in q's dtype, with `return_lse` also the natural logsumexp (B, H,
-    Nq), fp32 (fp64 for fp64), differentiable. A query that attends to nothing gives 0 and -inf.
-    Deterministic. Raises `TypeError` and `ValueError` for operands that do not fit.
-
-    >>> import torch, sparse_layouts as sl
-    >>> q = k = v = torch.randn(1, 2, 100, 16)
-    >>> out, lse = sl.attention(q, k, v, sl.causal(100, block_size=32), return_lse=True)
-    >>> out.shape, lse.shape
-    (torch.Size([1, 2, 100, 16]), torch.Size([1, 2, 100]))
-    """
-    check_attention("attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale)
-    q, k, v = _autocast(q, k, v)
-    if bias is not None and bias.dtype != q.dtype:
-        bias = cast(BSRTensor, bias.to(q.dtype))
-    out, lse = attend(q, k, v, mask, scale, dropout_p, bias)
-    return (out, lse) if return_lse else out
-
-
-def uses_of_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BSRTensor,
-    *,
-    scale: float | None = None,
-    bias: BSRTensor | None = None,
-    dropout_p: float = 0.0,
-    return_lse: bool = False,
-) -> list[Use]:
-    """For `sl.explain`."""
-    check_attention("attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale)
-    return _uses(*_autocast(q, k, v), mask)
-
-
-attention.__explain__ = uses_of_attention  # type: ignore[attr-defined]
-
-
-def uses_of_sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: BSRTensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """For `sl.explain`."""
-    if not attn_mask.is_mask:
-        return NotImplemented
-    _check_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return _uses(*_autocast(query, key, value), attn_mask)
-
-
-def _check_sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BSRTensor,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> None:
-    what = "scaled_dot_product_attention"
-    if is_causal:
-        raise ValueError(
-            f"{what}: attn_mask and is_causal=True exclude each other; make the mask causal: "
-            f"mask & sl.causal(N, block_size=...)"
-        )
-    check_attention(what, q, k, v, mask, dropout_p=dropout_p, scale=scale, exact_rows=True)
-    if not enable_gqa and q.dim() > 2 and q.shape[-3] != k.shape[-3]:
-        raise ValueError(
-            f"{what}: {q.shape[-3]} query heads and {k.shape[-3]} KV heads need enable_gqa=True"
-        )
-
-
-@route(F.scaled_dot_product_attention, attn_mask=BSRTensor, uses=uses_of_sdpa)
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: BSRTensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """SDPA with a block mask; a layout of floats is an additive mask whose missing entries are 0,
-    as dense: the fallback.
-    """
-    if not attn_mask.is_mask:
-        return NotImplemented
-    _check_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    query, key, value = _autocast(query, key, value)
-    return attend(query, key, value, attn_mask, scale, dropout_p)[0]
+def sequences_in(q: Tensor, k: Tensor, lengths: Lengths | None) -> Sequences | None:
+    """What the kernels take, of 4-D operands."""
+    if lengths is None:
+        return None
+    if lengths.packed:
+        return packed_sequences(lengths.cu_seqlens_q, lengths.cu_seqlens_k)
+    return padded_sequences(q, k, max(q.shape[0], k.shape[0]), *lengths[2:])

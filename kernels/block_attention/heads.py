@@ -35,6 +35,31 @@ def list_of_head(pattern: BlockPattern, heads: int) -> Tensor:
     return derived(pattern, ("list_of_head", heads), build)
 
 
+def shared_lists(pattern: BlockPattern, head_map: Tensor, size: int) -> bool:
+    """Whether every `size` query heads that stand together read the same lists, in every sample.
+
+    Known from the shapes where :func:`list_of_head` made the map, of a list a KV head or one for
+    all; else it takes one host sync, once a map.
+    """
+    samples, heads = head_map.shape
+    if size == 1 or pattern.num_patterns <= 1:
+        return True
+    if heads % size:
+        return False
+    lead = pattern.lead[-1] if pattern.lead else 1
+    if heads % lead == 0 and head_map is list_of_head(pattern, heads):
+        if heads // lead % size == 0:
+            return True
+        if pattern.head_map is None:
+            return False
+
+    def build() -> bool:
+        table = head_map.view(samples, heads // size, size)
+        return bool((table == table[..., :1]).all())
+
+    return derived((head_map,), ("shared_lists", size), build)
+
+
 class OwnSlots(NamedTuple):
     """Slots that no head and no sample shares: `base` (B or 1, H) int64, and how many there are."""
 

@@ -1,0 +1,333 @@
+"""block_attention forward on Hopper: how the Gluon kernel is tuned and launched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_layouts.block_pattern import BlockPattern
+from sparse_layouts.kernels.ahead_of_time import Compilation
+from sparse_layouts.kernels.block_attention.heads import shared_lists
+from sparse_layouts.kernels.block_attention.hopper_common import (
+    bundle_size,
+    multiprocessors,
+    rows_descriptor,
+    rows_descriptor_type,
+    sequence_tiles,
+    work_counter,
+)
+from sparse_layouts.kernels.block_attention.hopper_forward_kernel import hopper_attention_forward
+from sparse_layouts.kernels.block_attention.reference import dropout_threshold
+from sparse_layouts.kernels.block_attention.sequences import Sequences
+from sparse_layouts.kernels.block_attention.triton_common import (
+    kept_scale,
+    padded_head_dim,
+    signature,
+)
+from sparse_layouts.kernels.block_attention.unit_schedule import unit_schedule
+from sparse_layouts.kernels.launching import PackedLaunch
+from sparse_layouts.kernels.triton_common import DTYPE_NAMES
+
+
+class Tuning(NamedTuple):
+    """How a head size is worked on: warpgroups a program, keys a tile, buffers of keys and values
+    and of queries, programs a multiprocessor, registers a thread at the start and, with two
+    warpgroups, of the second one.
+    """
+
+    units: int
+    keys: int
+    stages: int
+    queries: int
+    programs: int
+    max_registers: int
+    registers: int = 240
+
+
+# Padded head size: tuning. Measured on an H200 and an H100, 2026-11-26, in bf16 on local-stride
+# masks (B 2, H 32, N 8192, D 128; B 4, H 16, N 4096, D 64), dense causal, BigBird (N 4096, D 64)
+# and random blocks of 16 and 32 (N 8192, D 128). Tiles of 64 keys take 1.15 to 1.25 times as long
+# at D 128; at D 64 two programs of one warpgroup and 128 keys took 139 us on local-stride and 93 on
+# BigBird, three of 64 keys 132 and 106, one of two warpgroups 147 and 107. D 256 is not tuned.
+#
+# Floors at 740 TFLOP/s: local stride, N 8192, 480 us (measured 615), dense causal 1490 (1645); D 64
+# is bound by exp2 and issue slots (54% of them used, tensor cores 39%). What gained nothing there:
+# warpgroups taking turns at the tensor cores (items overlap by themselves); the wait for a tile's
+# product behind the next softmax (ptxas moves it up to the last branch before; forced, 4% slower);
+# three and four warpgroups, or four pairs of producer and consumer a program (166 us at D 64).
+TUNINGS = {
+    64: Tuning(1, 128, 2, 2, 2, 128),
+    128: Tuning(2, 128, 2, 2, 1, 168),
+    256: Tuning(2, 64, 2, 1, 1, 168),
+}
+# Keys and values of the heads that are worked on together; half of an H200's L2.
+L2_BYTES = 32_000_000
+
+
+class Launch(NamedTuple):
+    """A launch of the kernel: how many programs, the arguments by name, constants and options."""
+
+    programs: int
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self) -> Any:
+        """Launches through Triton; returns the compiled kernel."""
+        return hopper_attention_forward[(self.programs,)](**self.arguments, **self.options)
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    head_map: Tensor,
+    *,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_base: Tensor | None = None,
+    sequences: Sequences | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` as `reference.block_attention` defines them, in bf16 or fp16, without a bias.
+
+    After FlashAttention-3 (Shah et al., arXiv 2407.08608).
+    """
+    assert bias is None, "its requirement excludes a bias"
+    value_dim = v.shape[-1]
+    out = torch.empty_like(q) if value_dim == q.shape[-1] else q.new_empty(*q.shape[:-1], value_dim)
+    lse = torch.empty(q.shape[:-1], device=q.device, dtype=torch.float32)
+    nothing = lse.numel() == 0 or pattern.num_blocks == 0 or k.shape[2] == 0
+    if nothing or sequences is not None:  # rows of no sequence are not written
+        out.zero_()
+        lse.fill_(-math.inf)
+    if not nothing:
+        keep = (dropout_p, seed) if seed is not None and dropout_p > 0 else (0.0, None)
+        with torch.cuda.device_of(q):
+            _launch(q, k, v, out, lse, pattern, head_map, scale, *keep, sequences).run()
+    return out, lse
+
+
+class PreparedForward:
+    """Calls on operands like these, without dropout and sequences: all but addresses is settled."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        pattern: BlockPattern,
+        head_map: Tensor,
+        scale: float,
+    ) -> None:
+        launch = _launch(q, k, v, out, lse, pattern, head_map, scale, 0.0, None, None)
+        self._programs, self._device = launch.programs, q.device
+        self._packed = PackedLaunch(
+            hopper_attention_forward,
+            launch.arguments,
+            launch.options,
+            ("out_ptr", "lse_ptr", "counter_ptr"),
+        )
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, stream: int
+    ) -> None:
+        """Writes `out` and, if there is one, `lse`."""
+        packed = self._packed
+        with packed.lock:
+            packed.describe("q_desc", q.data_ptr())
+            packed.describe("k_desc", k.data_ptr())
+            packed.describe("v_desc", v.data_ptr())
+            address = out.data_ptr()
+            packed.describe("out_desc", address)
+            packed.point("out_ptr", address)
+            packed.number("wants_lse", 0 if lse is None else 1)
+            if lse is not None:
+                packed.point("lse_ptr", lse.data_ptr())
+            packed.point("counter_ptr", work_counter(self._device, stream).data_ptr())
+            packed.launch(self._programs, stream)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pattern: BlockPattern,
+    head_map: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    sequences: Sequences | None,
+) -> Launch:
+    (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
+    m, (bm, bn) = pattern.shape[0], pattern.block_size
+    d = max(64, padded_head_dim(max(head_dim, value_dim)))
+    tuning = TUNINGS[d]
+    group = heads // kv_heads
+    # two heads that read the same lists and keys share a program as two units would
+    paired = tuning.units == 2 and sequences is None and group % 2 == 0
+    paired = paired and shared_lists(pattern, head_map, 2)
+    units = 1 if paired else tuning.units
+    schedule = unit_schedule(pattern, units, tuning.keys)
+    groups = schedule.rows.shape[1]
+    first_group = 0 if sequences is not None else (m - nq) // (units * 64)
+    samples = batch * heads // (2 if paired else 1)
+    items = samples * (groups - first_group)
+    table = None
+    if sequences is not None:
+        table = _sequence_table(sequences, nq, nk, pattern, units * 64, q.device)
+        tiles = nq // (units * 64) + 2
+        extra = 2 * sequences.num_sequences if sequences.packed else 0
+        items = heads * (tiles * batch + extra)
+    piece = min(bn, tuning.keys)
+    in_order = first_group == 0 and sequences is None
+    arguments = {
+        "q_desc": rows_descriptor(q, 64),
+        "k_desc": rows_descriptor(k, piece),
+        "v_desc": rows_descriptor(v, piece),
+        "out_desc": rows_descriptor(out, 64),
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "counter_ptr": work_counter(q.device, torch.cuda.current_stream(q.device).cuda_stream),
+        "head_map_ptr": head_map,
+        "rows_ptr": schedule.heaviest_first if in_order else schedule.rows,
+        "columns_ptr": schedule.columns,
+        "flags_ptr": schedule.flags,
+        "block_tiles_ptr": schedule.block_tiles,
+        "log_counts_ptr": schedule.log_counts,
+        "tiles_ptr": pattern.tiles,
+        "sequences_ptr": table,
+        "seed_ptr": seed,
+        "heads": heads,
+        "group": group,
+        "groups": groups - first_group,
+        "bundle": bundle_size(samples, 2 * nk * d * q.element_size() // group, L2_BYTES),
+        "samples": samples,
+        "stride_map": 0 if head_map.shape[0] == 1 else head_map.stride(0),
+        "stride_rows": groups,
+        "first_group": first_group,
+        "row_offset": m - nq,
+        "num_queries": nq,
+        "num_keys": nk,
+        "num_sequences": 0 if sequences is None else sequences.num_sequences,
+        "packed": 0 if sequences is None else int(sequences.packed),
+        "stride_lse": nq,
+        "wants_lse": 1,
+        "scale": scale,
+        "threshold": dropout_threshold(dropout_p),
+        "keep_scale": kept_scale(dropout_p),
+    }
+    options = {
+        "BM": bm,
+        "BN": bn,
+        **_constants(tuning, d, piece),
+        "SCALED": scale <= 0,
+        "HEADS_EACH": 2 if paired else 1,
+        "num_warps": 4,
+        "maxnreg": tuning.max_registers,
+    }
+    most = multiprocessors(q.device) * tuning.programs
+    return Launch(min(most, items), arguments, options)
+
+
+def _constants(tuning: Tuning, d: int, piece: int) -> dict[str, int]:
+    return {
+        "PIECE": piece,
+        "TN": tuning.keys,
+        "D": d,
+        "NUM_UNITS": tuning.units,
+        "STAGES": tuning.stages,
+        "QUERIES": tuning.queries,
+        "REGISTERS": tuning.registers,
+    }
+
+
+def _sequence_table(
+    sequences: Sequences, nq: int, nk: int, pattern: BlockPattern, rows: int, device: torch.device
+) -> Tensor:
+    """What the producer reads of sequences, made on the device: see `sequence_tiles`."""
+    num = sequences.num_sequences
+    table = torch.empty(num + 1, 8, device=device, dtype=torch.int32)
+    sequence_tiles[(1,)](
+        sequences.q_starts,
+        sequences.q_lens,
+        sequences.k_starts,
+        sequences.k_lens,
+        table,
+        num,
+        nq,
+        nk,
+        *pattern.shape,
+        TILE=rows,
+        BLOCK=128,
+        num_warps=4,
+    )
+    return table
+
+
+def compilations() -> Iterator[Compilation]:
+    """Every tuning on blocks of every kind, and every feature once."""
+    bf16, fp16 = torch.bfloat16, torch.float16
+    for d in (128, 64, 256):
+        yield _compilation(d, 64, bf16)
+        for block in (16, 32, 128):
+            yield _compilation(d, block, bf16)
+    yield _compilation(128, 64, fp16)
+    yield _compilation(128, 64, bf16, tiles=False, counts=True, paired=True)
+    yield _compilation(64, 64, bf16, counts=True, dropout=True)
+    yield _compilation(128, 64, bf16, dropout=True)
+    yield _compilation(128, 64, bf16, sequences=True)
+    yield _compilation(64, 16, fp16, sequences=True, dropout=True)
+    yield _compilation(256, 64, bf16, sequences=True)
+    yield _compilation(128, 64, bf16, scaled=True)
+    constexprs = {"TILE": 128, "BLOCK": 128, "q_starts_ptr": None}
+    types = signature(sequence_tiles, {}, constexprs)
+    yield Compilation("tiles", sequence_tiles, types, constexprs, {"num_warps": 4}, 90, 90)
+
+
+def _compilation(
+    d: int,
+    block: int,
+    dtype: torch.dtype,
+    *,
+    tiles: bool = True,
+    counts: bool = False,
+    dropout: bool = False,
+    sequences: bool = False,
+    paired: bool = False,
+    scaled: bool = False,
+) -> Compilation:
+    tuning = TUNINGS[d]
+    piece = min(block, tuning.keys)
+    constexprs = {
+        "BM": block,
+        "BN": block,
+        **_constants(tuning, d, piece),
+        "SCALED": scaled,
+        "HEADS_EACH": 2 if paired else 1,
+    }
+    options = {"tiles": tiles, "log_counts": counts, "sequences": sequences, "seed": dropout}
+    constexprs |= {f"{name}_ptr": None for name, there in options.items() if not there}
+    given = dict.fromkeys(("q_desc", "out_desc"), rows_descriptor_type(dtype, 64))
+    given |= dict.fromkeys(("k_desc", "v_desc"), rows_descriptor_type(dtype, piece))
+    given |= dict.fromkeys(("lse_ptr", "log_counts_ptr"), "*fp32")
+    given |= {"out_ptr": f"*{DTYPE_NAMES[dtype]}", "seed_ptr": "*i64"}
+    on = [name for name, there in options.items() if there] + ["scaled"] * scaled
+    return Compilation(
+        "-".join([f"block{block}", f"d{d}", DTYPE_NAMES[dtype], *on, *(["paired"] * paired)]),
+        hopper_attention_forward,
+        signature(hopper_attention_forward, given, constexprs),
+        constexprs,
+        {"num_warps": 4, "maxnreg": tuning.max_registers},
+        90,
+        90,
+    )
