@@ -97,7 +97,8 @@ def bsr_mask(
         )
     if causal:
         # the last block column of every block row that is not all right of the diagonal
-        (last,) = send_together([(np.arange(mb) * bm + bm - 1) // bn], blocks.device)
+        last_row = np.minimum(np.arange(mb) * bm + bm, m) - 1
+        (last,) = send_together([last_row // bn], blocks.device)
         blocks = blocks * (torch.arange(nb, device=blocks.device) <= last[:, None])
     pattern = pattern_from_dense(blocks, (bm, bn), (m, n))
     return BSRTensor.on_pattern(None, _causal_by_token(pattern) if causal else pattern)
@@ -111,7 +112,8 @@ def _causal_by_token(pattern: BlockPattern) -> BlockPattern:
     row = np.arange(mb)[:, None]
     column = (row * bm + 1) // bn + np.arange((bm - 2) // bn + 2)  # the partial blocks of a row
     offset = row * bm - column * bn
-    kinds = np.unique(offset[(column < nb) & (offset > -bm) & (offset < bn - 1)])
+    seen = column * bn < np.minimum(row * bm + bm, pattern.shape[0])
+    kinds = np.unique(offset[seen & (column < nb) & (offset < bn - 1)])
     if not kinds.size:
         return pattern
     stops = np.clip(kinds[:, None] + np.arange(bm) + 1, 0, bn)
