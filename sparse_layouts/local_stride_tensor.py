@@ -133,7 +133,8 @@ def local_stride(
     tiles = None
     if causal:
         stripes = _causal_stripes(different, nb, local, stride)
-        tiles = interval_tiles(np.zeros((1, b), np.int32), np.arange(1, b + 1)[None], b)
+        if b > 1:  # the diagonal of blocks of 1 is full
+            tiles = interval_tiles(np.zeros((1, b), np.int32), np.arange(1, b + 1)[None], b)
     else:
         stripes = _relative_stripes(different, nb, local, stride)
     pattern = closed_form(
