@@ -19,9 +19,9 @@ from sparse_layouts.block_pattern import (
     BlockPattern,
     expand_heads,
     pack_tiles,
-    pattern_from_dense,
     transpose_pattern,
 )
+from sparse_layouts.dense_blocks import pattern_from_dense
 from sparse_layouts.dispatch import Facts, facts_of
 from sparse_layouts.kernels.block_attention import reference as attention_reference
 from sparse_layouts.kernels.block_attention.sequences import Sequences
