@@ -33,7 +33,8 @@ class Facts(NamedTuple):
     `cusparselt`: whether torch has that library, False off CUDA. `deterministic`: whether
     `torch.use_deterministic_algorithms` is set, told only by ops that have a kernel without that
     promise. Of attention: whether there is a `bias`, whether its operands are sequences of several
-    `lengths`, and whether Hopper's copy engine can read q, k and v (`tma`; False off Hopper).
+    `lengths`, whether Hopper's copy engine can read q, k and v (`tma`; False off Hopper), and bytes
+    of the scores that a key head stores (`head_bytes`; 0 if few, and off Hopper).
     """
 
     device: str
@@ -52,6 +53,7 @@ class Facts(NamedTuple):
     bias: bool = False
     lengths: bool = False
     tma: bool = False
+    head_bytes: int = 0
 
 
 Requires = Callable[[Facts], "str | None"]

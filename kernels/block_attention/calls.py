@@ -25,6 +25,9 @@ from sparse_layouts.kernels.block_attention import (
 from sparse_layouts.kernels.block_attention.checks import check_attention
 from sparse_layouts.kernels.block_attention.length_checks import lengths_of
 from sparse_layouts.kernels.block_attention.recall import recall, recall_or_settle, recall_sdpa
+from sparse_layouts.kernels.block_attention_fp8 import attend_fp8, uses_of_fp8
+from sparse_layouts.kernels.block_attention_fp8.checks import check_fp8
+from sparse_layouts.kernels.block_attention_fp8.operands import FP8Operand
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,7 +47,7 @@ def _uses(
     bias: bool = False,
     lengths: bool = False,
 ) -> list[Use]:
-    own = facts(q, k, v, mask.block_size, bias=bias, lengths=lengths)
+    own = facts(q, k, v, mask.block_pattern, bias=bias, lengths=lengths)
     uses = [Use("forward", OP, own)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         uses.append(Use("gradients", BACKWARD, own))
@@ -52,9 +55,9 @@ def _uses(
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | FP8Operand,
+    k: Tensor | FP8Operand,
+    v: Tensor | FP8Operand,
     mask: BSRTensor,
     *,
     scale: float | None = None,
@@ -113,6 +116,11 @@ def attention(
     torch.Size([130, 2, 16])
     """
     lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, q_lens, kv_lens, kv_starts)
+    if isinstance(q, FP8Operand) or isinstance(k, FP8Operand) or isinstance(v, FP8Operand):
+        more = {"bias": bias, "dropout_p": dropout_p, "scale": scale, "lengths": lengths}
+        operands = check_fp8("attention", q, k, v, mask, **more)
+        out, lse = attend_fp8(*operands, mask, scale, lengths, return_lse)
+        return (out, lse) if return_lse else out
     plain = bias is None and lengths is None and not dropout_p and not return_lse
     if plain and isinstance(mask, BSRTensor):
         result = recall(q, k, v, mask, scale, "attention")
@@ -133,9 +141,9 @@ def attention(
 
 
 def uses_of_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | FP8Operand,
+    k: Tensor | FP8Operand,
+    v: Tensor | FP8Operand,
     mask: BSRTensor,
     *,
     scale: float | None = None,
@@ -150,6 +158,9 @@ def uses_of_attention(
 ) -> list[Use]:
     """For `sl.explain`."""
     lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, q_lens, kv_lens, kv_starts)
+    if isinstance(q, FP8Operand) or isinstance(k, FP8Operand) or isinstance(v, FP8Operand):
+        more = {"bias": bias, "dropout_p": dropout_p, "scale": scale, "lengths": lengths}
+        return uses_of_fp8(*check_fp8("attention", q, k, v, mask, **more), mask, lengths)
     check_attention(
         "attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale, lengths=lengths
     )

@@ -60,7 +60,7 @@ class Settled:
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
         self.strides = (q.stride(), k.stride(), v.stride(), out.stride())
         self.forward = forward(q, k, v, out, lse, self.pattern, self.head_map, scale)
-        row = choose(BACKWARD, facts(q, k, v, self.pattern.block_size, bias=False, lengths=False))
+        row = choose(BACKWARD, facts(q, k, v, self.pattern, bias=False, lengths=False))
         self.prepare_backward = _prepared(row, "PreparedBackward")
         self.backward: Any = None
 
@@ -195,7 +195,7 @@ def _settle(
         return None
     if v.shape[-1] != q.shape[-1] or q.numel() == 0 or k.numel() == 0 or p.num_blocks == 0:
         return None
-    row = choose(OP, facts(q, k, v, p.block_size, bias=False, lengths=False))
+    row = choose(OP, facts(q, k, v, p, bias=False, lengths=False))
     forward = _prepared(row, "PreparedForward")
     if forward is None or torch._C._cuda_getDevice() != q.device.index:
         return None

@@ -94,7 +94,7 @@ block_attention_fp8_op = opaque.define(
 )
 
 
-def attend(
+def attend_fp8(
     q: FP8Operand,
     k: FP8Operand,
     v: FP8Operand,
@@ -129,7 +129,7 @@ def attend(
     return out, lse
 
 
-def uses(
+def uses_of_fp8(
     q: FP8Operand, k: FP8Operand, v: FP8Operand, mask: BSRTensor, lengths: Lengths | None
 ) -> list[Use]:
     """For `sl.explain`: the op and, where it leaves the work to the one in 16 bits, that one too."""
@@ -142,6 +142,8 @@ def uses(
     found = [Use("forward", OP, own)]
     row = choose(OP, own)
     if row is not None and row.name == "dequantized":
-        then = own._replace(dtype=work_dtype(q.dtype), tma=False)
+        aligned = all(t.shape[-1] and t.shape[-1] % 8 == 0 for t in (q8, v8))
+        tma = own.capability == (9, 0) and aligned
+        then = own._replace(dtype=work_dtype(q.dtype), tma=tma)
         found.append(Use("its attention", block_attention.OP, then))
     return found

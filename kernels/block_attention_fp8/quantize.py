@@ -85,11 +85,12 @@ def by_row(scale: Tensor, rows: int) -> Tensor:
 
 
 def dequantize(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`data * scale` in `dtype`, with scales of blocks of rows or of columns.
+    """`data * scale` in `dtype`, contiguous, with scales of blocks of rows or of columns.
 
     Exact in bf16, fp32 and fp64 where scales are powers of two.
     """
-    return data.to(dtype) * by_row(scale, data.shape[2]).to(dtype)
+    x = data.to(dtype, memory_format=torch.contiguous_format)
+    return x * by_row(scale, data.shape[2]).to(dtype)
 
 
 def _launch(x: Tensor, shift: Tensor | None, by_column: bool) -> tuple[Tensor, Tensor]:
