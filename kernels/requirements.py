@@ -68,7 +68,7 @@ def triton_attention(facts: Facts) -> str | None:
 
 
 def triton_fp8(facts: Facts) -> str | None:
-    """As `triton`, on a GPU of compute capability 8.9 or newer, whose tensor cores multiply e4m3."""
+    """As `triton`, of compute capability 8.9 or newer, whose tensor cores multiply e4m3."""
     reason = triton(facts)
     if reason is None and facts.capability < (8, 9):
         found = ".".join(map(str, facts.capability))

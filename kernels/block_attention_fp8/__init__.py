@@ -74,9 +74,7 @@ def _launch(
     return out.contiguous(), lse
 
 
-def _shape(
-    q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _shape(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = rest[6]  # of the scales, the shift, the pattern, the scale, ...
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     out = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=dtype)
@@ -132,7 +130,7 @@ def attend_fp8(
 def uses_of_fp8(
     q: FP8Operand, k: FP8Operand, v: FP8Operand, mask: BSRTensor, lengths: Lengths | None
 ) -> list[Use]:
-    """For `sl.explain`: the op and, where it leaves the work to the one in 16 bits, that one too."""
+    """For `sl.explain`: the op and, where it only dequantises, the one that then attends."""
     from sparse_layouts.kernels.block_attention_fp8.dequantized import work_dtype
 
     q8, k8, v8 = (t.four_dimensional()[0] for t in (q, k, v))

@@ -73,9 +73,7 @@ def _check_fields(what: str, name: str, t: FP8Operand) -> None:
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{what}: {name}.{field} is {wanted}, got {got}")
     if t.dtype not in DTYPES:
-        raise TypeError(
-            f"{what}: {name}.dtype is bfloat16, float16 or float32, got {t.dtype}"
-        )
+        raise TypeError(f"{what}: {name}.dtype is bfloat16, float16 or float32, got {t.dtype}")
     if t.shift is not None and name != "k":
         raise ValueError(f"{what}: {name} has a shift, which only k may have")
     check_no_gradient(what, name, t.scale, t.shift)

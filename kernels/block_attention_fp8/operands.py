@@ -15,7 +15,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class FP8Operand(NamedTuple):
-    """A q, k or v of attention in 8 bits: `data * scale + shift` is about the tensor it was made of.
+    """A q, k or v of attention in 8 bits: `data * scale + shift` is about what it was made of.
 
     Made by `sl.quantize_fp8`, taken by `sl.attention`. Of a tensor (B, H, N, D), or (H, N, D) or
     (N, D); rows come first where it is packed, (N, H, D), here too:
@@ -33,8 +33,8 @@ class FP8Operand(NamedTuple):
     >>> import torch, sparse_layouts as sl
     >>> x = torch.randn(1, 2, 100, 16)
     >>> q, k, v = sl.quantize_fp8(x, x, x)
-    >>> q.data.dtype, q.scale.shape, v.scale.shape, k.shift.shape
-    (torch.float8_e4m3fn, torch.Size([1, 2, 1, 1]), torch.Size([1, 2, 1, 16]), torch.Size([1, 2, 1, 16]))
+    >>> q.data.dtype, q.scale.shape, k.shift.shape
+    (torch.float8_e4m3fn, torch.Size([1, 2, 1, 1]), torch.Size([1, 2, 1, 16]))
     >>> bool(((q.dequantize() - x).abs() <= x.abs() / 16 + q.scale / 1024).all())
     True
     """
@@ -133,7 +133,8 @@ def _check(name: str, t: Any, packed: bool) -> None:
         raise TypeError(f"{what}: {name} is a dense tensor or FP8Operand, got {type(t).__name__}")
     if t.dtype not in DTYPES:
         raise TypeError(
-            f"{what}: {name} is bfloat16, float16 or float32, got {t.dtype}; convert with .to(dtype)"
+            f"{what}: {name} is bfloat16, float16 or float32, got {t.dtype}; convert with "
+            f".to(dtype)"
         )
     if packed and t.dim() != 3:
         raise ValueError(
