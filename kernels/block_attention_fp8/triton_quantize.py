@@ -34,7 +34,7 @@ def scale_and_inverse(peak_bits):
 
 
 @triton.jit(do_not_specialize=["num_rows", "heads", "num_blocks"])
-def quantize_block(
+def quantize_fp8_block(
     x_ptr, shift_ptr, peak_ptr, data_ptr, scale_ptr,
     stride_xb, stride_xh, stride_xn, stride_xd, stride_dh, stride_d,
     heads, num_blocks, num_rows, num_columns,
@@ -97,7 +97,7 @@ def quantize(x: Tensor, shift: Tensor | None, by_column: bool) -> tuple[Tensor, 
     peak = torch.linalg.vector_norm(x, torch.inf, dim=2) if by_column else None
     lines = data.mT if by_column else data  # contiguous each
     with torch.cuda.device_of(x):
-        quantize_block[(batch * heads * num_blocks,)](
+        quantize_fp8_block[(batch * heads * num_blocks,)](
             x,
             None if shift is None else shift.contiguous(),
             None if peak is None else peak.contiguous(),
@@ -128,9 +128,9 @@ def compilations() -> Iterator[Compilation]:
             pointers = {"x_ptr": kind, "peak_ptr": kind, "data_ptr": "*fp8e4nv"}
             pointers |= {"shift_ptr": "*fp32", "scale_ptr": "*fp32"}
             yield Compilation(
-                f"quantize_block-{how}-d{d}-{DTYPE_NAMES[dtype]}",
-                quantize_block,
-                kernel_signature(quantize_block, pointers, constexprs),
+                f"quantize_fp8_block-{how}-d{d}-{DTYPE_NAMES[dtype]}",
+                quantize_fp8_block,
+                kernel_signature(quantize_fp8_block, pointers, constexprs),
                 constexprs,
                 {"num_warps": NUM_WARPS},
                 min_capability=89,
