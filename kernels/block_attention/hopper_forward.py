@@ -53,6 +53,12 @@ class Tuning(NamedTuple):
 # and random blocks of 16 and 32 (N 8192, D 128). Tiles of 64 keys take 1.15 to 1.25 times as long
 # at D 128; at D 64 two programs of one warpgroup and 128 keys took 139 us on local-stride and 93 on
 # BigBird, three of 64 keys 132 and 106, one of two warpgroups 147 and 107. D 256 is not tuned.
+#
+# Floors at 740 TFLOP/s: local stride, N 8192, 480 us (measured 615), dense causal 1490 (1645); D 64
+# is bound by exp2 and issue slots (54% of them used, tensor cores 39%). What gained nothing there:
+# warpgroups taking turns at the tensor cores (items overlap by themselves); the wait for a tile's
+# product behind the next softmax (ptxas moves it up to the last branch before; forced, 4% slower);
+# three and four warpgroups, or four pairs of producer and consumer a program (166 us at D 64).
 TUNINGS = {
     64: Tuning(1, 128, 2, 2, 2, 128),
     128: Tuning(2, 128, 2, 2, 1, 168),
