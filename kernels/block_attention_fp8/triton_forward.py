@@ -136,6 +136,12 @@ def attention_fp8_forward(
     q_scale = tl.load(q_scale_ptr + query // ROWS_PER_SCALE, mask=mask_m, other=1.0)  # [TM]
     row_rate = q_scale * (scale * LOG2E)
     k_scale_ptr += (batch64 * kv_heads + kv_head64) * tl.cdiv(num_keys, ROWS_PER_SCALE)
+    if k_shift_ptr is not None:
+        # the keys were smaller by k_shift, which no probability sees; before the loop, through
+        # which q would otherwise be kept in registers
+        k_shift_ptr += (batch64 * kv_heads + kv_head64) * head_dim
+        k_shift = tl.load(k_shift_ptr + offs_d, mask=offs_d < head_dim, other=0.0)  # [D]
+        shift_score = tl.sum(q.to(tl.float32) * k_shift[None, :], 1) * (q_scale * scale)  # [TM]
     # the maximum is taken before scaling where the scale is positive and nothing is added to scores
     SCALED: tl.constexpr = log_counts_ptr is not None or not POSITIVE
     if not TMA:
@@ -220,10 +226,7 @@ def attention_fp8_forward(
     empty = norm == 0
     lse = (peak - P_BITS + tl.math.log2(norm)) * 0.6931471805599453
     if k_shift_ptr is not None:
-        # the keys were smaller by k_shift, which no probability sees
-        k_shift_ptr += (batch64 * kv_heads + kv_head64) * head_dim
-        k_shift = tl.load(k_shift_ptr + offs_d, mask=offs_d < head_dim, other=0.0)  # [D]
-        lse += tl.sum(q.to(tl.float32) * k_shift[None, :], 1) * (q_scale * scale)
+        lse += shift_score
     lse = tl.where(empty, float("-inf"), lse)
     tl.store(lse_ptr + (batch64 * heads + head) * num_queries + query, lse, mask=mask_m)
     v_scale_ptr += (batch64 * kv_heads + kv_head64) * value_dim
@@ -241,13 +244,17 @@ def attention_fp8_forward(
 
 # (bytes of an element, largest head size, largest block, KB of shared memory): tile; see `choose`.
 # Not measured: as those of 16 bits, in half of their shared memory. At head size 128 and tiles of
-# 64 x 64 a thread takes 241 registers, so that two programs share a multiprocessor.
+# 64 x 64 a thread takes 241 to 255 registers and spills none (Triton 3.6, compute capability 9.0),
+# so that two programs share a multiprocessor.
 FORWARD_TILES = [
     (1, 128, 64, 99, Tiles(64, 64, 4, 3)),
     (1, 128, ANY, 163, Tiles(128, 128, 8, 3)),
     (1, 128, ANY, 99, Tiles(64, 64, 4, 3)),
     (1, 256, ANY, 99, Tiles(64, 64, 8, 2)),
 ]
+# Where a sequence may begin at any key, columns of v are loaded a byte at a time: with 4 warps the
+# addresses take more registers than there are (130 to 140 of them spilled).
+ANYWHERE_WARPS = 8
 
 
 def block_attention_fp8(
@@ -271,7 +278,8 @@ def block_attention_fp8(
     one, that of v into the result: inside the loop scales cost next to nothing.
     """
     head_dim, block = max(q.shape[-1], v.shape[-1]), pattern.block_size[0]
-    tiles = choose(FORWARD_TILES, 1, head_dim, block, shared_memory_kb(q.device))
+    anywhere = sequences is not None and sequences.k_starts is not None
+    tiles = tiles_for(head_dim, block, shared_memory_kb(q.device), anywhere)
     scales = (q_scale, k_scale, v_scale, k_shift)
     with torch.cuda.device_of(q):
         return launch_forward(q, k, v, scales, pattern, head_map, scale, dtype, tiles, sequences)
@@ -368,6 +376,12 @@ def launch_forward(
     return out, lse
 
 
+def tiles_for(head_dim: int, block: int, shared_kb: int, anywhere: bool) -> Tiles:
+    """From the table; `anywhere`: sequences begin at any key."""
+    tiles = choose(FORWARD_TILES, 1, head_dim, block, shared_kb)
+    return tiles._replace(num_warps=ANYWHERE_WARPS) if anywhere and head_dim > 64 else tiles
+
+
 def padded_head_dim(head_dim: int) -> int:
     """The power of two that a tile holds for a head size; tensor cores add up 32 products of e4m3
     at once.
@@ -409,7 +423,7 @@ def compilations() -> Iterator[Compilation]:
 
 def _compilation(case: Variant, with_shift: bool) -> Compilation:
     d, kind = padded_head_dim(case.head_dim), TYPE_NAMES[case.dtype]
-    tiles = choose(FORWARD_TILES, 1, d, case.block, case.shared_kb)
+    tiles = tiles_for(d, case.block, case.shared_kb, case.sequences == "packed")
     constexprs = case.absent() | {
         "TMA": case.tma,
         "POSITIVE": True,
