@@ -26,7 +26,7 @@ SMALLEST_SCALE = 2.0**-60
 # Rows of q and k and columns of v begin at multiples of 16 bytes, as copies of whole words want.
 ALIGNED = 16
 # bits of fp32 numbers
-_MANTISSA_BITS, _MANTISSA, _INFINITY, _BIAS = 23, 0x7FFFFF, 0x7F800000, 127
+_MANTISSA_BITS, _MANTISSA, _BIAS = 23, 0x7FFFFF, 127
 # 448 = 1.75 * 2 ** 8: the mantissa up to which 2 ** 8 is room enough
 _LARGEST_MANTISSA, _LARGEST_EXPONENT = 0x600000, 8
 
@@ -39,7 +39,7 @@ def scale_of(peak: Tensor) -> Tensor:
     exponent = (bits >> _MANTISSA_BITS) - _LARGEST_EXPONENT
     exponent = exponent + ((bits & _MANTISSA) > _LARGEST_MANTISSA).int()
     scale = (exponent.clamp(min=_BIAS - 60) << _MANTISSA_BITS).view(torch.float32)
-    return torch.where(bits >= _INFINITY, torch.nan, scale)
+    return torch.where(peak < torch.inf, scale, torch.nan)  # by number: NaN may have a sign
 
 
 def empty_data(x: Tensor, by_column: bool) -> Tensor:

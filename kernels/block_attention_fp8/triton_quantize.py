@@ -18,8 +18,6 @@ from sparse_layouts.kernels.block_attention_fp8.quantize import (
 )
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES, kernel_signature
 
-NUM_WARPS = 4
-
 
 @triton.jit
 def scale_and_inverse(peak_bits):
@@ -60,7 +58,8 @@ def quantize_fp8_block(
     if BY_COLUMN:
         peak_ptrs = peak_ptr + which * num_columns + offs_d
         peak = tl.load(peak_ptrs, mask=offs_d < num_columns, other=0.0).to(tl.float32)
-        scale, inverse = scale_and_inverse(peak.to(tl.int32, bitcast=True))  # [D]
+        bits = peak.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # NaN may have a sign
+        scale, inverse = scale_and_inverse(bits)  # [D]
         first = (offs_d < num_columns) & (block == 0)
         tl.store(scale_ptr + which * num_columns + offs_d, scale, mask=first)
         data_ptrs = data_ptr + which * stride_dh + offs_d.to(tl.int64)[:, None] * stride_d
@@ -85,6 +84,11 @@ def quantize_fp8_block(
         )
 
 
+def warps_of(padded_columns: int) -> int:
+    """So many that a thread holds at most 64 numbers: with 128 they spilled."""
+    return max(4, ROWS_PER_SCALE * padded_columns // (64 * 32))
+
+
 def quantize(x: Tensor, shift: Tensor | None, by_column: bool) -> tuple[Tensor, Tensor]:
     """As `quantize.quantize`, to the last bit; x has any strides."""
     batch, heads, n, d = x.shape
@@ -96,6 +100,7 @@ def quantize(x: Tensor, shift: Tensor | None, by_column: bool) -> tuple[Tensor, 
         return data, scale.fill_(SMALLEST_SCALE)
     peak = torch.linalg.vector_norm(x, torch.inf, dim=2) if by_column else None
     lines = data.mT if by_column else data  # contiguous each
+    padded = max(ALIGNED, triton.next_power_of_2(d))
     with torch.cuda.device_of(x):
         quantize_fp8_block[(batch * heads * num_blocks,)](
             x,
@@ -110,9 +115,9 @@ def quantize(x: Tensor, shift: Tensor | None, by_column: bool) -> tuple[Tensor, 
             n,
             d,
             ROWS=ROWS_PER_SCALE,
-            D=max(ALIGNED, triton.next_power_of_2(d)),
+            D=padded,
             ALIGNED=ALIGNED,
-            num_warps=NUM_WARPS,
+            num_warps=warps_of(padded),
         )
     return data, scale
 
@@ -132,6 +137,6 @@ def compilations() -> Iterator[Compilation]:
                 quantize_fp8_block,
                 kernel_signature(quantize_fp8_block, pointers, constexprs),
                 constexprs,
-                {"num_warps": NUM_WARPS},
+                {"num_warps": warps_of(d)},
                 min_capability=89,
             )
