@@ -57,7 +57,7 @@ def check_fp8(
                 f"{what}: expected {name} quantised with packed={packed} {how}, got "
                 f"packed={t.packed}; sl.quantize_fp8(q, k, v, packed={packed})"
             )
-    check_attention(what, q.data, k.data, v.data, mask, scale=scale, lengths=lengths)
+    check_attention(what, q.data, k.data, v.data, mask, scale=scale, lengths=lengths, scaled=True)
     for name, t in operands.items():
         _check_scales(what, name, t)
     return q, k, v
