@@ -87,15 +87,17 @@ def quantize_fp8(
     -4 of it at least, down to 2 ** -15 of the block's largest. `smooth_k` subtracts from the keys
     their mean over all rows, after SageAttention (Zhang et al., arXiv 2410.02367, section 4.2):
     every score of a query changes by the same, the probabilities not at all, and `attention` gives
-    the logsumexp of the keys as they were. Where keys have a mean, that halves the error and more.
+    the logsumexp of the keys as they were.
 
     Relative error of attention (Frobenius norm, against fp64; dense causal, 4 heads, N 1024, D 128,
-    2026-11-27, on the CPU with probabilities rounded to e4m3 as the kernel does; bf16: 0.2% in all
-    rows, `python -m benchmarks.attention_fp8` measures it):
+    bf16 operands, 2026-11-26, on the CPU with probabilities rounded to e4m3 as the kernel does;
+    bf16: 0.2% in all rows). `python benchmarks/attention.py --only FP8` measures it on a GPU:
 
     q, k and v | 8 bits | without `smooth_k`
     ---|---|---
     normal | 4.6% | 4.7%
+    channels of k with means of N(0, 1) / N(0, 9) | 4.6% / 4.6% | 5.2% / 8.2%
+    4 of the channels of k 8 times as large | 7.8% | 8.0%
 
     Each scale is computed in fp32. NaN and infinities make NaN of all that shares their scale, in k
     with `smooth_k` of the whole head. Rows that belong to no sequence must be finite too.
