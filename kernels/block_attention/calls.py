@@ -104,6 +104,10 @@ def attention(
     decrease or leave the tensors or the mask); on a GPU they are not read by the host but clamped
     to the tensors, and what lies beyond the mask is not attended to.
 
+    **In 8 bits.** q, k and v may be what `sl.quantize_fp8(q, k, v)` made (all three): out is in the
+    dtype that q had, to a few percent. Lengths as above; a bias, dropout and gradients raise
+    `NotImplementedError`.
+
     >>> import torch, sparse_layouts as sl
     >>> q = k = v = torch.randn(1, 2, 100, 16)
     >>> out, lse = sl.attention(q, k, v, sl.causal(100, block_size=32), return_lse=True)

@@ -73,8 +73,9 @@ def quantize_fp8(
     smooth_k: bool = True,
     packed: bool = False,
 ) -> tuple[FP8Operand, FP8Operand, FP8Operand]:
-    """q, k and v of attention in 8 bits (e4m3), for `sl.attention(q, k, v, mask)`: faster where
-    tensor cores multiply them (compute capability 8.9 or newer), and 20 to 25 times less exact.
+    """q, k and v of attention in 8 bits (e4m3), for `sl.attention(q, k, v, mask)`: for GPUs
+    whose tensor cores multiply them (compute capability 8.9 or newer); some 25 times less exact
+    than bf16. Elsewhere attention multiplies what they stand for in bf16 or more.
 
     q (B, H, Nq, D), k (B, Hkv, Nk, D), v (B, Hkv, Nk, Dv) in bf16, fp16 or fp32, any strides,
     leading dimensions may be left out; with `packed` (T, H, D), rows of sequences one after
