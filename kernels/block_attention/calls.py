@@ -121,8 +121,9 @@ def attention(
     """
     lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, q_lens, kv_lens, kv_starts)
     if isinstance(q, FP8Operand) or isinstance(k, FP8Operand) or isinstance(v, FP8Operand):
-        more = {"bias": bias, "dropout_p": dropout_p, "scale": scale, "lengths": lengths}
-        operands = check_fp8("attention", q, k, v, mask, **more)
+        operands = check_fp8(
+            "attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale, lengths=lengths
+        )
         out, lse = attend_fp8(*operands, mask, scale, lengths, return_lse)
         return (out, lse) if return_lse else out
     plain = bias is None and lengths is None and not dropout_p and not return_lse
@@ -163,8 +164,10 @@ def uses_of_attention(
     """For `sl.explain`."""
     lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, q_lens, kv_lens, kv_starts)
     if isinstance(q, FP8Operand) or isinstance(k, FP8Operand) or isinstance(v, FP8Operand):
-        more = {"bias": bias, "dropout_p": dropout_p, "scale": scale, "lengths": lengths}
-        return uses_of_fp8(*check_fp8("attention", q, k, v, mask, **more), mask, lengths)
+        operands = check_fp8(
+            "attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale, lengths=lengths
+        )
+        return uses_of_fp8(*operands, mask, lengths)
     check_attention(
         "attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale, lengths=lengths
     )
