@@ -385,7 +385,8 @@ def test_sequences_equal_each_alone(device: str) -> None:
         assert not bool(padded[i, :, n:].any())
         found = padded[i, :, :n].transpose(0, 1)
         if n:
-            assert relative_error(found, dense[begin : begin + n]) < 4 * rounding_of_e4m3()
+            # the mean of the keys is another, with zeros in the padding: that rounds them anew
+            assert relative_error(found, dense[begin : begin + n]) < 6 * rounding_of_e4m3()
 
 
 def stands_for(t: FP8) -> Tensor:
@@ -568,6 +569,8 @@ def whole_way(q: Tensor, k: Tensor, v: Tensor, mask: sl.BSRTensor) -> Tensor:
 
 
 @on_devices
+# Inductor's advice on float32 products, and what it imports
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled(device: str) -> None:
     torch._dynamo.reset()
