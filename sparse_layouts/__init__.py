@@ -61,6 +61,10 @@ from sparse_layouts.kernels import nm_matmul as _nm_matmul  # noqa: F401  isort:
 from sparse_layouts.kernels import nm_sddmm as _nm_sddmm  # noqa: F401  isort: skip
 from sparse_layouts.kernels.block_matmul import recall as _recall  # noqa: F401  isort: skip
 from sparse_layouts.kernels.block_attention.calls import attention  # isort: skip
+from sparse_layouts.kernels.block_attention_fp8.operands import (  # isort: skip
+    FP8Operand,
+    quantize_fp8,
+)
 from sparse_layouts.kernels.linear_layers import linear  # isort: skip
 from sparse_layouts.kernels.sddmm import sddmm  # isort: skip
 
@@ -72,6 +76,7 @@ __all__ = [
     "CSRTensor",
     "DenseFallbackError",
     "DenseFallbackWarning",
+    "FP8Operand",
     "GroupedNMTensor",
     "KeepAll",
     "LayoutTensor",
@@ -103,6 +108,7 @@ __all__ = [
     "local_stride",
     "mask_from",
     "nm",
+    "quantize_fp8",
     "route",
     "save_safetensors",
     "sddmm",
