@@ -28,18 +28,21 @@ from sparse_layouts.kernels.product_routes import register_products
 from sparse_layouts.kernels.products import Family, broadcast_product
 
 OP = "block_matmul"
-register_kernel(
-    OP,
-    "triton",
-    "sparse_layouts.kernels.block_matmul.triton_block_matmul:block_matmul",
-    requirements.triton_blocks,
-)
-register_kernel(OP, "cpu", "sparse_layouts.kernels.block_matmul.cpu:block_matmul", requirements.cpu)
+_HERE = "sparse_layouts.kernels.block_matmul"
+for _name, _module, _requires in (
+    ("triton_few_columns", "triton_few_columns", requirements.triton_few_columns),
+    ("triton", "triton_block_matmul", requirements.triton_blocks),
+    ("cpu", "cpu", requirements.cpu),
+):
+    register_kernel(OP, _name, f"{_HERE}.{_module}:block_matmul", _requires)
 
 
-def facts(values: Tensor, block_size: tuple[int, int]) -> Facts:
-    """What the choice of a kernel depends on."""
-    return facts_of(values, block_size=block_size)
+def facts(values: Tensor, block_size: tuple[int, int], columns: int) -> Facts:
+    """What the choice of a kernel depends on; `columns`, of the dense operand, count by powers of
+    two.
+    """
+    rounded = 1 << (columns - 1).bit_length() if columns > 0 else 0
+    return facts_of(values, block_size=block_size, columns=rounded)
 
 
 def _launch(
@@ -61,7 +64,7 @@ def _launch(
     more = {} if bias is None and activation is None else {"bias": bias, "activation": activation}
     return run(
         OP,
-        facts(values, pattern.block_size),
+        facts(values, pattern.block_size, x.shape[3]),
         reference.block_matmul,
         dense,
         values,
@@ -116,19 +119,20 @@ def multiply(
 
 def _uses(layout: BSRTensor, x: Tensor) -> list[Use]:
     assert layout.inner_values is not None
-    own = facts(layout.inner_values, layout.block_size)
+    own = facts(layout.inner_values, layout.block_size, x.shape[-1])
     flipped = own._replace(block_size=own.block_size[::-1])
     uses = [Use("forward", OP, own)]
     if torch.is_grad_enabled() and x.requires_grad:
         uses.append(Use("gradient of the dense operand", OP, flipped))
     if torch.is_grad_enabled() and layout.requires_grad:
-        uses.append(Use("gradient of the layout's values", "sddmm", own))
+        sampling = sddmm.facts(layout.inner_values, layout.block_size)
+        uses.append(Use("gradient of the layout's values", sddmm.OP, sampling))
     return uses
 
 
 def _uses_of_sample(a: Tensor, b: Tensor, mask: BSRTensor) -> list[Use]:
-    own = facts(a, mask.block_size)
-    uses = [Use("forward", sddmm.OP, own)]
+    own = facts(a, mask.block_size, a.shape[-1])
+    uses = [Use("forward", sddmm.OP, sddmm.facts(a, mask.block_size))]
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         uses.append(Use("gradients of a and b", OP, own))
     return uses

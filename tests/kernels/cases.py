@@ -92,8 +92,9 @@ def random_source(name: str) -> torch.Generator:
 class Stored(NamedTuple):
     """Which blocks a pattern stores.
 
-    `blocks`: "some" (40%), "none", "gaps" (one block row and one block column without any), "all"
-    or "causal" (by token, aligned at the end). `tiles` makes half of the blocks partial, and the
+    `blocks`: "some" (40%), "none", "gaps" (one block row and one block column without any), "all",
+    "power" (one block row with all of its blocks, the others with hardly any) or "causal" (by
+    token, aligned at the end). `tiles` makes half of the blocks partial, and the
     first block row one partial block with empty rows; `counts` counts blocks up to three times.
     `transposed` describes the other half of `transpose_pattern`.
     """
@@ -124,6 +125,10 @@ def make_pattern(what: Stored, random: torch.Generator, device: Device = "cpu") 
     if what.blocks == "gaps":
         stored[:, mb // 2] = False
         stored[:, :, nb // 2] = False
+    elif what.blocks == "power":
+        stored &= torch.rand(lead, mb, nb, generator=random) < 0.1
+        stored[:, 0] = False
+        stored[:, -2] = True
     elif what.blocks == "some":
         stored[:, -1, 0] = stored[:, 0, -1] = True
     if what.tiles:
@@ -277,12 +282,10 @@ class BlockCase:
 
     def case(self, op: str, build: Callable[[BlockCase, torch.dtype, Device], Call]) -> Case:
         """This case for one op."""
-        return Case(
-            self.name,
-            lambda dtype, device: build(self, dtype, device),
-            self.small,
-            {"block_size": self.stored.block},
-        )
+        facts: dict[str, Any] = {"block_size": self.stored.block}
+        if op == "block_matmul":
+            facts["columns"] = 1 << (self.width - 1).bit_length() if self.width else 0
+        return Case(self.name, lambda dtype, device: build(self, dtype, device), self.small, facts)
 
 
 BLOCK_CASES = [
@@ -371,6 +374,52 @@ LINEAR_CASES = [
     ),
 ]
 
+# products with few columns, in which rows are cut into pieces
+FEW_COLUMN_CASES = [
+    BlockCase(
+        "power_law",
+        Stored((90, 1050), (16, 16), blocks="power"),
+        width=7,
+        dense="mT",
+        bias=True,
+        activation="relu",
+        small=True,
+    ),
+    BlockCase(
+        "power_law_64",
+        Stored((300, 4200), (64, 64), 2, blocks="power"),
+        batch=2,
+        width=1,
+        flip=True,
+    ),
+    BlockCase(
+        "power_law_transposed",
+        Stored((1050, 100), (32, 16), blocks="power", transposed=True),
+        width=9,
+        dense="mT",
+        flip=True,
+        small=True,
+    ),
+    BlockCase("power_law_128", Stored((400, 6000), (128, 128), blocks="power"), width=64),
+    BlockCase("power_law_wide_blocks", Stored((64, 4096), (16, 64), blocks="power"), width=16),
+    BlockCase(
+        "power_law_nan",
+        Stored((80, 1024), (16, 16), 2, blocks="gaps"),
+        batch=2,
+        width=3,
+        dense="step",
+        poison=True,
+        small=True,
+    ),
+    BlockCase("few_long_rows", Stored((16, 1600), (16, 16), blocks="all"), width=2, small=True),
+    BlockCase("few_long_rows_64", Stored((64, 6400), (64, 64), blocks="all"), width=48, share=True),
+    BlockCase("few_columns_tall", Stored((512, 512), (256, 32)), batch=2, width=33, values="mT"),
+    BlockCase(
+        "few_columns_partial", Stored((200, 1000), (64, 32), 2, tiles=True), width=8, dense="mT"
+    ),
+]
+
+MATMUL_CASES = [*BLOCK_CASES, *LINEAR_CASES, *FEW_COLUMN_CASES]
 # a softmax has no other operand
 SOFTMAX_CASES = [
     c for c in BLOCK_CASES if not c.name.startswith("wi") and not c.poison and not c.share
@@ -1048,9 +1097,7 @@ SEQUENCE_CASES = [
 
 
 OPS: dict[str, list[Case]] = {
-    "block_matmul": [
-        c.case("block_matmul", build_block_matmul) for c in (*BLOCK_CASES, *LINEAR_CASES)
-    ],
+    "block_matmul": [c.case("block_matmul", build_block_matmul) for c in MATMUL_CASES],
     "sddmm": [c.case("sddmm", build_sddmm) for c in BLOCK_CASES],
     "block_softmax": [c.case("block_softmax", build_block_softmax) for c in SOFTMAX_CASES],
     "block_softmax_backward": [

@@ -39,6 +39,8 @@ MARKS = {
 REPEATED = {
     "block64",
     "partial_counts",
+    "power_law",
+    "power_law_64",
     "one_kv_head",
     "bias_by_sample",
     "everything",
