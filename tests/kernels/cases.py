@@ -412,6 +412,13 @@ FEW_COLUMN_CASES = [
         small=True,
     ),
     BlockCase("few_long_rows", Stored((16, 1600), (16, 16), blocks="all"), width=2, small=True),
+    BlockCase(
+        "few_long_rows_transposed",
+        Stored((32, 1600), (16, 16), blocks="all", transposed=True),
+        width=5,
+        flip=True,
+        small=True,
+    ),
     BlockCase("few_long_rows_64", Stored((64, 6400), (64, 64), blocks="all"), width=48, share=True),
     BlockCase("few_columns_tall", Stored((512, 512), (256, 32)), batch=2, width=33, values="mT"),
     BlockCase(
