@@ -221,7 +221,7 @@ def overhead(effort: Effort, tell: Callable[[str], None]) -> list[Row]:
     dense = torch.randn(64, 64, generator=draw) * kept
     w, x = sl.bsr(dense, 16), torch.randn(64, 8, generator=draw)
     w_grad, x_grad = w.detach().requires_grad_(), x.clone().requires_grad_()
-    kernel = choose(block_matmul.OP, block_matmul.facts(w.values(), w.block_size))
+    kernel = choose(block_matmul.OP, block_matmul.facts(w.values(), w.block_pattern, x))
     assert kernel is not None
     launcher, values, pattern, operand = (
         kernel.function,

@@ -56,6 +56,17 @@ def triton_blocks(facts: Facts) -> str | None:
     return triton_floats(facts) or _power_of_two_blocks(facts)
 
 
+# Columns of the dense operand up to which reading the blocks takes longer than multiplying them.
+FEW_COLUMNS = 64
+
+
+def triton_few_columns(facts: Facts) -> str | None:
+    """As `triton_blocks`, for up to 64 columns of the dense operand."""
+    if facts.columns > FEW_COLUMNS:
+        return f"takes up to {FEW_COLUMNS} columns of the dense operand, not {facts.columns}"
+    return triton_blocks(facts)
+
+
 def triton_attention(facts: Facts) -> str | None:
     """As `triton`, and blocks that are powers of two from 16, in fp16, bf16 or fp32, head sizes up
     to 256.

@@ -9,6 +9,8 @@ again is exact.
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -95,9 +97,11 @@ def dequantize(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _launch(x: Tensor, shift: Tensor | None, by_column: bool) -> tuple[Tensor, Tensor]:
     if requirements.triton_fp8(facts_of(x)) is None:
-        from sparse_layouts.kernels.block_attention_fp8 import triton_quantize
-
-        return triton_quantize.quantize(x, shift, by_column)
+        module = "sparse_layouts.kernels.block_attention_fp8.triton_quantize"
+        quantized: tuple[Tensor, Tensor] = importlib.import_module(module).quantize(
+            x, shift, by_column
+        )
+        return quantized
     return quantize(x, shift, by_column)
 
 

@@ -34,19 +34,14 @@ from sparse_layouts.kernels.products import (
 )
 
 OP = "block_matmul"
-register_kernel(
-    OP,
-    "hopper",
-    "sparse_layouts.kernels.block_matmul.hopper_block_matmul:block_matmul",
-    requirements.hopper_block_matmul,
-)
-register_kernel(
-    OP,
-    "triton",
-    "sparse_layouts.kernels.block_matmul.triton_block_matmul:block_matmul",
-    requirements.triton_blocks,
-)
-register_kernel(OP, "cpu", "sparse_layouts.kernels.block_matmul.cpu:block_matmul", requirements.cpu)
+_HERE = "sparse_layouts.kernels.block_matmul"
+for _name, _module, _requires in (
+    ("triton_few_columns", "triton_few_columns", requirements.triton_few_columns),
+    ("hopper", "hopper_block_matmul", requirements.hopper_block_matmul),
+    ("triton", "triton_block_matmul", requirements.triton_blocks),
+    ("cpu", "cpu", requirements.cpu),
+):
+    register_kernel(OP, _name, f"{_HERE}.{_module}:block_matmul", _requires)
 
 
 def facts(

@@ -38,7 +38,11 @@ MARKS = {
 # those of every op that are run several times, for equal bits
 REPEATED = {
     "block64",
+    "hopper_64",
+    "hopper_power",
     "partial_counts",
+    "power_law",
+    "power_law_64",
     "one_kv_head",
     "bias_by_sample",
     "everything",
