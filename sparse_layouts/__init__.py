@@ -52,6 +52,9 @@ from sparse_layouts.sparsified_calls import sparsified
 from sparse_layouts.sparsifiers import KeepAll, Magnitude, Random, Sparsifier, Threshold
 from sparse_layouts.sparsify import sparsify_globally
 from sparse_layouts.structured_sparsifiers import NM, Blockwise, SamePattern
+from sparse_layouts.viewing.comparison import compare
+from sparse_layouts.viewing.explorer import explore
+from sparse_layouts.viewing.roofline import roofline
 
 # the ops, last: importing them registers their routes and kernels
 from sparse_layouts import layout_routes, module_masks, shape_routes  # noqa: F401  isort: skip
@@ -91,10 +94,12 @@ __all__ = [
     "bsr",
     "bsr_mask",
     "causal",
+    "compare",
     "csc",
     "csr",
     "document",
     "explain",
+    "explore",
     "fallback",
     "grouped_nm",
     "kernel",
@@ -105,6 +110,7 @@ __all__ = [
     "local_stride",
     "mask_from",
     "nm",
+    "roofline",
     "route",
     "save_safetensors",
     "sddmm",
