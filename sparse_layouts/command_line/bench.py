@@ -128,27 +128,30 @@ def _measure(root: Path, arguments: list[str], names: list[str]) -> int:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    process = subprocess.Popen(
-        **_command(root, arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    assert process.stderr is not None
     begun: set[str] = set()
-    try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task("starting", total=len(names))
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    with (
+        subprocess.Popen(
+            **_command(root, arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ) as process,
+        bar,
+    ):
+        assert process.stderr is not None
+        task = bar.add_task("starting", total=len(names))
+        try:
             for line in process.stderr:
                 stage = STAGE.match(line)
                 if stage is None or not console.is_terminal:
                     console.print(line.rstrip(), soft_wrap=True, markup=False)
                 if stage is not None:
                     begun |= {name for name in names if name in stage[1]}
-                    bar.update(task, description=stage[1][:60], completed=len(begun) - 1)
-            bar.update(task, description="done", completed=len(names))
-        return process.wait()
-    except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
-        raise
+                    done = max(0, len(begun) - 1)  # the last one has only begun
+                    bar.update(task, description=stage[1][:60], completed=done)
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
+        bar.update(task, description="done", completed=len(names))
+    return process.returncode
 
 
 def _cpu_ceilings(rows: list[Result], threads: int) -> dict[str, float]:

@@ -65,8 +65,8 @@ class Exploration:
             assert self.layout is not None
             self.measured = measure(self.layout)
 
-    def facts(self) -> list[tuple[str, str]]:
-        """What stands beside the picture, by name."""
+    def facts(self, unmeasured: str = "not yet") -> list[tuple[str, str]]:
+        """What stands below the picture, by name; `unmeasured` in place of a time."""
         assert self.layout is not None
         layout, work = self.layout, self.work
         found = [("density", f"{layout.density:.2%}")]
@@ -83,12 +83,12 @@ class Exploration:
                 f"{work.flop:.3g}, dense {work.dense_flop:.3g}: {share:.1%} ({kind}, forward)",
             )
         )
-        found.append(("measured here", self._times()))
+        found.append(("measured here", self._times(unmeasured)))
         return found
 
-    def _times(self) -> str:
+    def _times(self, unmeasured: str) -> str:
         if self.measured is None:
-            return self.why_not_measured(asked=False) or "not yet"
+            return self.why_not_measured(asked=False) or unmeasured
         own = self.measured
         ratio = own.ratio
         verdict = f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
@@ -97,7 +97,7 @@ class Exploration:
             f"{own.what}"
         )
 
-    def as_html(self, max_bytes: int = 30_000) -> str:
+    def as_html(self, max_bytes: int = 30_000, unmeasured: str = "not yet") -> str:
         """The code line, the picture, the facts; or the error."""
         code = f"<p><code>{html.escape(self.code)}</code></p>"
         if self.layout is None:
@@ -105,7 +105,7 @@ class Exploration:
         rows = "".join(
             f'<tr><th style="text-align:left;vertical-align:top;padding-right:1em">'
             f'{html.escape(name)}</th><td style="text-align:left">{html.escape(value)}</td></tr>'
-            for name, value in self.facts()
+            for name, value in self.facts(unmeasured)
         )
         picture = svg(self.layout, caption="", max_panels=4, max_bytes=max_bytes)
         return f"{code}{picture}<table><tbody>{rows}</tbody></table>"

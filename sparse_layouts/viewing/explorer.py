@@ -116,6 +116,7 @@ class Explorer:
             from sparse_layouts.viewing.explorer_page import fragment
 
             display.display(display.HTML(fragment(self.state)))
+            self._view.value = self.state.as_html()  # measured on the way
 
     # --- what the controls do ---
 

@@ -5,48 +5,77 @@ elsewhere and switches between states that were made beforehand.
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import html
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from sparse_layouts.viewing.exploration import Exploration
-from sparse_layouts.viewing.families import FAMILIES, Family
+from sparse_layouts.viewing.families import FAMILIES, Family, Values
 
 Told = Callable[[str], None]
 PICTURE_BYTES = 8_000
 
 
-def states_of(
-    family: Family, measured: bool = False, known: Iterable[Exploration] = ()
-) -> dict[str, str]:
-    """The HTML of every combination of the values that a page offers; the key joins the numbers of
-    the values. `known` are states that may have been measured.
+UNMEASURED = "not for this page"
+
+
+def _key(family: Family, values: Values) -> str:
+    """The numbers of a state's values among those that a page offers; "" for one that is not
+    among them.
     """
-    by_values = {tuple(each.values.items()): each for each in known if each.family is family}
-    found = {}
-    for places in itertools.product(*(range(len(p.on_page)) for p in family.parameters)):
-        pairs = zip(family.parameters, places, strict=True)
-        values = {p.name: p.on_page[place] for p, place in pairs}
-        state = by_values.get(tuple(values.items())) or Exploration(family, values)
-        if measured:
-            state.measure()
-        found[",".join(map(str, places))] = state.as_html(PICTURE_BYTES)
+    if any(values[p.name] not in p.on_page for p in family.parameters):
+        return ""
+    return ",".join(str(p.on_page.index(values[p.name])) for p in family.parameters)
+
+
+def _states(family: Family) -> Iterator[Exploration]:
+    for chosen in itertools.product(*(p.on_page for p in family.parameters)):
+        names = (p.name for p in family.parameters)
+        yield Exploration(family, dict(zip(names, chosen, strict=True)))
+
+
+@functools.cache
+def drawn_states(name: str) -> Mapping[str, str]:
+    """The HTML of every combination of the values that a page offers of a family, without times, by
+    their numbers.
+    """
+    family = FAMILIES[name]
+    return {
+        _key(family, state.values): state.as_html(PICTURE_BYTES, UNMEASURED)
+        for state in _states(family)
+    }
+
+
+def measured_states(name: str) -> dict[str, str]:
+    """The same, each timed first."""
+    family, found = FAMILIES[name], {}
+    for state in _states(family):
+        state.measure()
+        found[_key(family, state.values)] = state.as_html(PICTURE_BYTES, UNMEASURED)
     return found
 
 
 def fragment(
     start: Exploration, *, measured: bool = False, tell: Told = lambda stage: None
 ) -> str:
-    """The explorer as HTML to put into a page, beginning with the family of `start`.
+    """The explorer as HTML to put into a page, beginning with `start`, which is measured if that is
+    quick; with `measured` every state is.
 
     In a page whose explorer is alive (a notebook with a kernel) it stays hidden.
     """
+    if start.measured is None:
+        start.measure(asked=measured)
     families = []
     for family in FAMILIES.values():
         tell(f"drawing {family.title}")
+        states = measured_states(family.name) if measured else dict(drawn_states(family.name))
+        if family is start.family and start.measured is not None:
+            key = _key(family, start.values)
+            states |= {key: start.as_html(PICTURE_BYTES, UNMEASURED)} if key else {}
         families.append(
             {
                 "name": family.name,
@@ -61,12 +90,12 @@ def fragment(
                     }
                     for p in family.parameters
                 ],
-                "states": states_of(family, measured, [start]),
+                "states": states,
             }
         )
     content: dict[str, Any] = {"start": start.family.name, "families": families}
     packed = base64.b64encode(gzip.compress(json.dumps(content).encode(), mtime=0)).decode()
-    first = start.as_html(PICTURE_BYTES)
+    first = start.as_html(PICTURE_BYTES, UNMEASURED)
     return _FRAGMENT.replace("__FIRST__", first).replace("__DATA__", packed)
 
 

@@ -15,6 +15,7 @@ from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.viewing import entry_cells, figures
 from sparse_layouts.viewing.causality import is_causal
 from sparse_layouts.viewing.cells import cells_of, corner_of, group_of
+from sparse_layouts.viewing.extras import needed
 from sparse_layouts.viewing.head_names import head_names
 
 SHOWS = ("pattern", "magnitude", "count", "groups")
@@ -71,6 +72,7 @@ def plot(
     for name, least in (("max_panels", max_panels), ("max_cells", max_cells)):
         if least < 1:
             raise ValueError(f"plot: expected {name} of at least 1, got {least}")
+    needed("matplotlib", "plot")
     show = _checked_show(layout, show)
     chosen = _checked_heads(layout, heads)
     if show == "groups":

@@ -15,6 +15,7 @@ from sparse_layouts.dispatch.settings import fallback
 from sparse_layouts.measuring import interleaved
 from sparse_layouts.viewing import figures
 from sparse_layouts.viewing.benchmark_results import Result, named, read_results
+from sparse_layouts.viewing.extras import needed
 from sparse_layouts.viewing.measured import machine_limits
 from sparse_layouts.viewing.work import work_of
 
@@ -47,6 +48,7 @@ def roofline(
     >>> sl.roofline(torch.matmul, w, torch.randn(256, 64)).axes[0].get_xlabel()
     'FLOP for every byte moved'
     """
+    needed("matplotlib", "roofline")
     if callable(op):
         return _of_call(op, args, kwargs, title)
     if not isinstance(op, str):
