@@ -95,18 +95,13 @@ def html_table(
     head: Sequence[str], rows: Sequence[Sequence[str]], strong: Sequence[int] = ()
 ) -> str:
     """The same as an HTML table; every cell is escaped, the rows numbered in `strong` are bold."""
-    cells = "".join(f"<th>{html.escape(str(c))}</th>" for c in head)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td><b>{html.escape(str(c))}</b></td>"
-            if i in strong
-            else f"<td>{html.escape(str(c))}</td>"
-            for c in row
-        )
-        + "</tr>"
-        for i, row in enumerate(rows)
-    )
+    left = 'style="text-align:left"'  # notebooks align to the right
+    cells = "".join(f"<th {left}>{html.escape(str(c))}</th>" for c in head)
+    body = ""
+    for i, row in enumerate(rows):
+        before, after = ("<b>", "</b>") if i in strong else ("", "")
+        columns = (f"<td {left}>{before}{html.escape(str(c))}{after}</td>" for c in row)
+        body += f"<tr>{''.join(columns)}</tr>"
     return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
 
 

@@ -46,9 +46,9 @@ def test_a_table_that_fits_is_not_folded() -> None:
 
 def test_strong_rows_are_bold_and_cells_escaped() -> None:
     shown = html_table(("<a>",), [("x < y",), ("z",)], strong=[1])
-    assert "<th>&lt;a&gt;</th>" in shown
-    assert "<td>x &lt; y</td>" in shown
-    assert "<td><b>z</b></td>" in shown
+    assert ">&lt;a&gt;</th>" in shown
+    assert ">x &lt; y</td>" in shown
+    assert "><b>z</b></td>" in shown
 
 
 @pytest.mark.parametrize(
