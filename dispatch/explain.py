@@ -85,15 +85,12 @@ class Explanation:
         >>> sl.explain(torch.matmul, w, torch.ones(64, 2)).on_gpu((9, 0)).kernel
         'triton'
         """
-        there = {
-            "device": "cuda",
-            "capability": capability,
-            "triton": triton or triton_version() or (3, 6, 0),
-            "cusparselt": True,
-        }
+        version = triton or triton_version() or (3, 6, 0)
         ops = []
         for plan in self.ops:
-            facts = plan.facts._replace(**there)
+            facts = plan.facts._replace(
+                device="cuda", capability=capability, triton=version, cusparselt=True
+            )
             ops.append(plan._replace(verdicts=verdicts(plan.op, facts), facts=facts))
         said = Explanation(self.call, None, ops, self.missing, self.dense_bytes, self.native)
         said.route = self.route
@@ -173,7 +170,8 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         parts = [f"<p><b>{html.escape(self.call)}</b></p>"]
-        parts.append(f"<pre>{html.escape(self._headline())}</pre>")
+        text = html.escape(self._headline())
+        parts.append(f'<pre style="white-space:pre-wrap">{text}</pre>')
         for plan in self.ops:
             parts.append(f"<p>{html.escape(plan.purpose)}: <code>{html.escape(plan.op)}</code></p>")
             chosen = [i for i, v in enumerate(plan.verdicts) if v.chosen]

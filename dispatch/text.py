@@ -23,7 +23,7 @@ def folded(text: str, width: int, hanging: str = "") -> list[str]:
     >>> folded("which kernel, and why", 14, hanging="  ")
     ['which kernel,', '  and why']
     >>> folded("kernels.block_matmul:run", 16)
-    ['kernels.', 'block_matmul:run']
+    ['kernels.block_', 'matmul:run']
     """
     lines: list[str] = []
     line = ""

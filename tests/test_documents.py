@@ -21,7 +21,13 @@ from sparse_layouts.dispatch import Explanation, Facts
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+DOCS = sorted((ROOT / "docs" / "pages").rglob("*.md"))
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(str(page.relative_to(ROOT)) for page in DOCS),
+]
 Row = dict[str, str]
 
 
@@ -227,7 +233,7 @@ def test_every_sparsifier_has_a_row_with_its_scope() -> None:
 
 # --- docstrings -----------------------------------------------------------------------------------
 
-FOLDERS = ("sparse_layouts", "dispatch", "kernels", "benchmarks", "tests")
+FOLDERS = ("sparse_layouts", "dispatch", "kernels", "benchmarks", "docs", "tests")
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef
 
 

@@ -315,7 +315,7 @@ def _attention(name: str) -> Call:
     attend, dense = F.scaled_dot_product_attention, mask.to_dense()
     return (
         f"attention, {name}",
-        lambda device: attend(*(t.to(device) for t in (q, k, v)), attn_mask=mask.to(device)),
+        lambda on: attend(q.to(on), k.to(on), v.to(on), attn_mask=mask.to(on)),
         attend(q, k, v, attn_mask=dense),
         attend(q.double(), k.double(), v.double(), attn_mask=dense),
     )

@@ -1,4 +1,4 @@
-"""`python -m sparse_layouts explain`: a call described in words, and what `sl.explain` says of it."""
+"""`python -m sparse_layouts explain`: a call in words, and what `sl.explain` says of it."""
 
 from __future__ import annotations
 
@@ -100,9 +100,7 @@ def _call(
     heads = layout.shape[:-2]
     if name == "attention":
         count = heads[0] if heads else 1
-        q, k, v = (
-            dense(options.batch, count, size, options.head_dim) for size in (m, n, n)
-        )
+        q, k, v = (dense(options.batch, count, size, options.head_dim) for size in (m, n, n))
         return F.scaled_dot_product_attention, (q, k, v), {"attn_mask": mask}
     if name == "sddmm":
         a, b = dense(*heads, m, options.head_dim), dense(*heads, options.head_dim, n)

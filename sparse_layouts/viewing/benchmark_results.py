@@ -1,4 +1,4 @@
-"""The results that `make bench` writes, read from their JSON: what was measured, where, against what.
+"""The results that `make bench` writes, read from their JSON: what was measured, and where.
 
 Read by field, not by the names of rows, so that results of any benchmark fit.
 """
@@ -89,7 +89,9 @@ def _rows_of(file: Path) -> list[Result]:
         where = _where(content)
         rows = [_row(row, where, file.name) for row in content["rows"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: no benchmark results ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"{file}: no benchmark results ({type(error).__name__}: {error})"
+        ) from None
     return [row for row in rows if row is not None]
 
 
@@ -126,6 +128,6 @@ def _row(row: dict[str, Any], where: str, file: str) -> Result | None:
 
 
 def named(rows: Iterable[Result], part: str) -> list[Result]:
-    """The rows whose name, or whose file's, contains `part`, in any case; of several words, each."""
+    """The rows whose name or file contains `part`, in any case; of several words, each."""
     words = part.lower().split()
     return [row for row in rows if all(w in f"{row.name} {row.file}".lower() for w in words)]

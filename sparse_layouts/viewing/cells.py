@@ -317,7 +317,7 @@ def _of_dense(layout: LayoutTensor, max_panels: int, max_cells: int) -> Cells:
             f"a {type(layout).__name__} is drawn by way of its dense matrix, which may have up to "
             f"{MAX_DENSE_ENTRIES} entries; this one has {layout.shape.numel()}"
         )
-    dense = _host(layout.detach().to_dense_entries() != 0)
+    dense = _host(layout.to_dense_entries().detach() != 0)
     lead, (m, n) = tuple(dense.shape[:-2]), dense.shape[-2:]
     cell = (group_of(m, max_cells), group_of(n, max_cells))
     matrices = dense.reshape(math.prod(lead), m, n)

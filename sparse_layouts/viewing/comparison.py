@@ -48,7 +48,9 @@ class Compared(NamedTuple):
         """The share of tokens that can influence the token after 1, 2, ... layers: of those up to
         it for a causal mask, else of all.
         """
-        among = self.reached if self.density_of_causal is None else self.reached[:, : self.token + 1]
+        among = (
+            self.reached if self.density_of_causal is None else self.reached[:, : self.token + 1]
+        )
         return among.mean(1).tolist()
 
 
@@ -137,9 +139,7 @@ class MaskComparison:
         columns = min(count, PANELS_IN_A_ROW)
         rows = -(-count // columns)
         figure = figures.new_figure("compare", max(4.0, columns * 2.9), rows * 4.1 + 0.7)
-        grid = figure.subplots(
-            2 * rows, columns, squeeze=False, height_ratios=[3, 1] * rows
-        )
+        grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[3, 1] * rows)
         for place, row in enumerate(self.rows):
             above = grid[place // columns * 2, place % columns]
             below = grid[place // columns * 2 + 1, place % columns]
@@ -170,9 +170,7 @@ class MaskComparison:
         head = "" if not panel.label else f", {panel.label}"
         above.set_title(f"{row.name}{head}\ndensity {row.density:.1%}", fontsize="medium")
         cut = max(1, -(-n // 512))
-        shares = [
-            np.add.reduceat(each, np.arange(0, each.size, cut)) / cut for each in row.reached
-        ]
+        shares = [np.add.reduceat(each, np.arange(0, each.size, cut)) / cut for each in row.reached]
         below.imshow(
             np.where(np.stack(shares) > 0, np.stack(shares), np.nan),
             extent=(0, n, self.layers + 0.5, 0.5),
@@ -187,9 +185,7 @@ class MaskComparison:
         below.set_ylabel("layers")
         below.set_xlabel(f"token that reaches {row.token}")
         keys = max(row.kept, default=0)
-        below.set_title(
-            f"reach {row.reach[-1]:.0%}, keeps {keys:,} keys a head", fontsize="small"
-        )
+        below.set_title(f"reach {row.reach[-1]:.0%}, keeps {keys:,} keys a head", fontsize="small")
 
 
 def compare(

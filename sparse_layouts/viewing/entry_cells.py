@@ -10,7 +10,7 @@ import torch
 
 from sparse_layouts.block_values import entries_per_pattern
 from sparse_layouts.bsr_tensor import BSRTensor
-from sparse_layouts.entry_lists import Entries, entries_of, lead_of, picked
+from sparse_layouts.entry_lists import Entries, lead_of, picked
 from sparse_layouts.layout_tensor import LayoutTensor
 
 # Listing a block's entries takes some 100 bytes for each.
@@ -51,7 +51,7 @@ def pattern_of_heads(layout: LayoutTensor) -> list[int]:
 def magnitudes(layout: LayoutTensor, entries: Entries) -> np.ndarray:
     """float64 (S,): the magnitude of every listed entry, its mean over a batch."""
     with torch.no_grad():
-        values = picked(layout.detach(), entries).abs().double()
+        values = picked(layout, entries).abs().double()
         batch = values.shape[:-1]
         values = values.reshape(math.prod(batch), values.shape[-1]).mean(0)
     return values.cpu().numpy()

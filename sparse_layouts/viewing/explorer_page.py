@@ -59,9 +59,7 @@ def measured_states(name: str) -> dict[str, str]:
     return found
 
 
-def fragment(
-    start: Exploration, *, measured: bool = False, tell: Told = lambda stage: None
-) -> str:
+def fragment(start: Exploration, *, measured: bool = False, tell: Told = lambda stage: None) -> str:
     """The explorer as HTML to put into a page, beginning with `start`, which is measured if that is
     quick; with `measured` every state is.
 

@@ -141,7 +141,7 @@ def document_bounds(seq_len: int, documents: int) -> list[int]:
 
     >>> from sparse_layouts.viewing.families import document_bounds
     >>> document_bounds(100, 3)
-    [0, 16, 49, 100]
+    [0, 16, 50, 100]
     """
     if not 1 <= documents <= max(1, seq_len):
         raise ValueError(f"documents: expected 1 to {seq_len}, got {documents}")
@@ -242,9 +242,7 @@ FAMILIES: dict[str, Family] = {
             "the last tokens, or those around",
             sliding_window,
             _BLOCK,
-            Parameter(
-                "window", 256, "tokens", low=1, high=4096, few=(64, 128, 256, 512, 1024)
-            ),
+            Parameter("window", 256, "tokens", low=1, high=4096, few=(64, 128, 256, 512, 1024)),
             _CAUSAL,
         ),
         _mask_family(

@@ -1,4 +1,4 @@
-"""Times on this machine: a layout's product or attention, and the same on dense operands, in turns."""
+"""Times on this machine: a layout's product or attention and the dense one, in turns."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Measured(NamedTuple):
 
 def typical_work(layout: LayoutTensor) -> Work:
     """The work of :func:`typical_call`, whose operands are not made."""
-    if not layout.dtype == torch.bool:
+    if layout.dtype != torch.bool:
         return product_work(layout, COLUMNS)
     heads = math.prod(layout.shape[:-2])
     return attention_work(layout, 1, heads, HEAD_DIM, 4)
@@ -88,13 +88,12 @@ def typical_call(layout: LayoutTensor) -> Call:
             f"typical_call: a mask in a {type(layout).__name__} is for no call that is timed; "
             "make blocks of it with sl.mask_from(mask, 64)"
         )
-    layout = layout.detach()
-    dense = layout.to_dense()
+    w, dense = layout.detach(), layout.detach().to_dense()
     x = torch.randn(layout.shape[-1], COLUMNS, generator=draw).to(device, layout.dtype)
     return Call(
         f"w @ x, {COLUMNS} columns, {str(layout.dtype).removeprefix('torch.')}",
         torch.matmul,
-        (layout, x),
+        (w, x),
         {},
         lambda: torch.matmul(dense, x),
         "dense matmul",
@@ -125,7 +124,9 @@ def measure(layout: LayoutTensor, *, budget_s: float = 0.5, repeats: int = 9) ->
     return Measured(call.what, kernel, times["sparse"], times["dense"], call.dense_is)
 
 
-def machine_limits(dtype: torch.dtype, device: torch.device, size: int = 1024) -> tuple[float, float]:
+def machine_limits(
+    dtype: torch.dtype, device: torch.device, size: int = 1024
+) -> tuple[float, float]:
     """FLOP/s of a dense product of `size`^3 and bytes/s of a copy of 64 MiB, measured now: the best
     of a few.
     """

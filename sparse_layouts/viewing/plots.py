@@ -23,7 +23,7 @@ PANELS_IN_A_ROW = 4
 
 
 class Drawing(NamedTuple):
-    """What is drawn: a name and cells for each panel, how they are coloured, what has to be said."""
+    """What is drawn: a name and cells for each panel, their colours, what has to be said."""
 
     names: list[str]
     cells: list[np.ndarray]
@@ -63,7 +63,7 @@ def plot(
 
     >>> import torch, sparse_layouts as sl
     >>> from sparse_layouts.viewing.plots import plot
-    >>> figure = plot(sl.bigbird(512, block_size=32), show="count")
+    >>> figure = plot(sl.bigbird(512, block_size=32, source="hf-eval"), show="count")
     >>> figure.axes[0].get_xlabel()
     'key token'
     """
@@ -226,9 +226,7 @@ def _numbered(low: int, high: int) -> dict[str, Any]:
     }
 
 
-def _figure(
-    layout: LayoutTensor, drawing: Drawing, causal_edge: bool, title: str | None
-) -> Any:
+def _figure(layout: LayoutTensor, drawing: Drawing, causal_edge: bool, title: str | None) -> Any:
     count = max(1, len(drawing.cells))
     columns = min(count, PANELS_IN_A_ROW)
     rows = -(-count // columns)

@@ -143,7 +143,7 @@ class _Lists:
         keys[self.columns[active[self.tiles[active] == 0]]] = True
         for at in self._partial(active):
             blocks = self.table[self.tiles[at]]  # (n, bm, bn)
-            found = (blocks & queries[self.rows[at]][:, :, None]).any(1)
+            found = (blocks & np.asarray(queries[self.rows[at]])[:, :, None]).any(1)
             np.logical_or.at(keys, self.columns[at], found)
 
     def first_and_last_queries(self) -> tuple[np.ndarray, np.ndarray]:

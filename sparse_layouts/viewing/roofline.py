@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sparse_layouts.dispatch.fallback import layouts_in
 from sparse_layouts.dispatch.faces import name_of
+from sparse_layouts.dispatch.fallback import layouts_in
 from sparse_layouts.dispatch.settings import fallback
 from sparse_layouts.measuring import interleaved
 from sparse_layouts.viewing import figures
@@ -114,7 +114,7 @@ def _of_results(rows: list[Result], title: str) -> Any:
             _name(axes, [p for p in points if p.name])
     rates.set_title("Rate", fontsize="medium")
     gains.set_title("Speed-up", fontsize="medium")
-    named_lines = {}
+    named_lines: dict[str, Any] = {}
     for axes in (rates, gains):
         lines, labels = axes.get_legend_handles_labels()
         named_lines |= dict(zip(labels, lines, strict=True))

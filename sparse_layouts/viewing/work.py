@@ -1,4 +1,4 @@
-"""How much a call on a layout has to compute and to move, against the same call on dense operands."""
+"""How much a call on a layout has to compute and to move, and the dense one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class Work(NamedTuple):
         return self.flop / max(1, self.bytes)
 
 
-def attention_work(mask: LayoutTensor, batch: int, heads: int, head_dim: int, itemsize: int) -> Work:
+def attention_work(
+    mask: LayoutTensor, batch: int, heads: int, head_dim: int, itemsize: int
+) -> Work:
     """The forward pass of attention with this mask: two products of 2 * head_dim FLOP for every
     stored pair; q, k, v and the output have `heads` heads. Dense is the same without a mask.
     """

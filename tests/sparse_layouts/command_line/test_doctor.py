@@ -103,7 +103,10 @@ def test_with_a_gpu_its_kernels_run(gpu: dict[str, Any]) -> None:
 
 def test_a_gpu_without_triton(gpu: dict[str, Any]) -> None:
     gpu["triton"] = ()
-    assert lacks("block_matmul", "triton") == "needs Triton, which is not installed (pip install triton)"
+    assert (
+        lacks("block_matmul", "triton")
+        == "needs Triton, which is not installed (pip install triton)"
+    )
     (found,) = [f for f in doctor.examine().findings if "Triton is not installed" in f.what]
     assert found.is_broken
     assert found.remedy == "pip install triton"
@@ -113,7 +116,10 @@ def test_a_gpu_without_triton(gpu: dict[str, Any]) -> None:
 def test_a_triton_that_is_too_old(gpu: dict[str, Any]) -> None:
     gpu["triton"] = (3, 5, 1)
     assert "needs Triton 3.6 or newer, found 3.5.1" in lacks("block_matmul", "triton")
-    assert any(f.is_broken and "Triton 3.5.1 is older than 3.6" in f.what for f in doctor.examine().findings)
+    assert any(
+        f.is_broken and "Triton 3.5.1 is older than 3.6" in f.what
+        for f in doctor.examine().findings
+    )
 
 
 def test_a_gpu_that_is_too_old(gpu: dict[str, Any]) -> None:

@@ -30,7 +30,15 @@ def test_every_operation_on_every_family(
 
 
 def test_as_if_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["explain", "attention", "local-stride", "seq_len=256", "--dtype", "bfloat16", "--json"]
+    command = [
+        "explain",
+        "attention",
+        "local-stride",
+        "seq_len=256",
+        "--dtype",
+        "bfloat16",
+        "--json",
+    ]
     kernels = []
     for gpu in ([], ["--gpu", "9.0"], ["--gpu", "sm_80"], ["--gpu", "7.5"]):
         assert main([*command, *gpu]) == 0

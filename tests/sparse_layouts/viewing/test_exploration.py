@@ -56,7 +56,9 @@ def test_families_are_found_by_what_people_call_them() -> None:
     for spelling in ("local_stride", "local-stride", "Local Stride", "localstride"):
         assert family_of(spelling).name == "local_stride"
     assert family_of("2:4".replace("2:4", "n:m")).name == "nm"
-    with pytest.raises(ValueError, match=r"^no family 'butterfly'; there are local_stride, bigbird"):
+    with pytest.raises(
+        ValueError, match=r"^no family 'butterfly'; there are local_stride, bigbird"
+    ):
         family_of("butterfly")
 
 

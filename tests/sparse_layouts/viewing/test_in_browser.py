@@ -1,4 +1,4 @@
-"""The explorer and the reprs in a real browser: in JupyterLab, in an exported page, in a saved one."""
+"""The explorer and the reprs in a real browser: in JupyterLab, and in pages without Python."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def test_explorer_in_jupyterlab(tmp_path: Path) -> None:
         live = page.locator(".sl-explorer-live")
         live.locator("svg").wait_for(timeout=90_000)
         first = code_line(live)
-        assert first.startswith("sl.local_stride(2048, block_size=64, local_blocks=4, vert_stride=8")
+        assert first.startswith(
+            "sl.local_stride(2048, block_size=64, local_blocks=4, vert_stride=8"
+        )
         picture = live.locator("svg").inner_html()
         # measured by itself, once it has settled
         live.locator("text=/x (faster|slower)/").wait_for(timeout=60_000)

@@ -166,7 +166,9 @@ def test_a_fuller_cell_is_drawn_stronger() -> None:
     blocks = torch.zeros(128, 128, dtype=torch.bool)
     blocks[0, 0] = True  # a quarter of the first cell
     blocks[2:4, 2:4] = True  # all of the second
-    paths = list(ET.fromstring(svg(sl.bsr_mask(blocks, 16))).iter("{http://www.w3.org/2000/svg}path"))
+    paths = list(
+        ET.fromstring(svg(sl.bsr_mask(blocks, 16))).iter("{http://www.w3.org/2000/svg}path")
+    )
     assert [path.get("d") for path in paths] == ["M0 0h1", "M1 1h1"]
     light, strong = (float(path.get("stroke-opacity", "")) for path in paths)
     assert light < strong == 1

@@ -1,4 +1,4 @@
-"""Figures: they look as the committed images do, say what they show, and refuse what they cannot."""
+"""Figures: they look as the committed images do, say what they show, refuse what they cannot."""
 
 from __future__ import annotations
 
@@ -115,8 +115,9 @@ def test_the_causal_edge_is_drawn_for_causal_masks() -> None:
     def has_edge(figure: object) -> bool:
         return bool(figure.axes[0].get_lines())  # type: ignore[attr-defined]
 
-    causal, window = sl.causal(64, block_size=16), sl.sliding_window(
-        64, block_size=16, window=9, causal=False
+    causal, window = (
+        sl.causal(64, block_size=16),
+        sl.sliding_window(64, block_size=16, window=9, causal=False),
     )
     assert has_edge(causal.plot())
     assert not has_edge(window.plot())
@@ -198,7 +199,8 @@ mask = sl.causal(64, block_size=16)
 assert "<svg" in mask._repr_html_()
 compared = sl.compare([mask])
 assert "<svg" in compared._repr_html_()
-for call in (mask.plot, compared.plot, sl.roofline, lambda: sl.roofline(torch.matmul, mask), sl.explore):
+of_a_call = lambda: sl.roofline(torch.matmul, mask)
+for call in (mask.plot, compared.plot, sl.roofline, of_a_call, sl.explore):
     try:
         call()
     except ModuleNotFoundError as error:

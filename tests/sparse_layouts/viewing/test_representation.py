@@ -1,5 +1,5 @@
-"""How layouts show themselves: text that fits a terminal; a table and a picture that are small, fast
-and safe, and take the colours of the page.
+"""How layouts show themselves: text that fits a terminal; a table and a picture that are small,
+fast and safe, and take the colours of the page.
 """
 
 from __future__ import annotations
