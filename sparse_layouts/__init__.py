@@ -7,7 +7,9 @@ attention as the mask, train it.
 torch.Size([64, 2])
 """
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 _root = Path(__file__).resolve().parent.parent
 if not (_root / "sparse_layouts" / "kernels").is_dir() and (_root / "pyproject.toml").is_file():
@@ -52,9 +54,6 @@ from sparse_layouts.sparsified_calls import sparsified
 from sparse_layouts.sparsifiers import KeepAll, Magnitude, Random, Sparsifier, Threshold
 from sparse_layouts.sparsify import sparsify_globally
 from sparse_layouts.structured_sparsifiers import NM, Blockwise, SamePattern
-from sparse_layouts.viewing.comparison import compare
-from sparse_layouts.viewing.explorer import explore
-from sparse_layouts.viewing.roofline import roofline
 
 # the ops, last: importing them registers their routes and kernels
 from sparse_layouts import layout_routes, module_masks, shape_routes  # noqa: F401  isort: skip
@@ -69,6 +68,21 @@ from sparse_layouts.kernels import nm_matmul as _nm_matmul  # noqa: F401  isort:
 from sparse_layouts.kernels import nm_sddmm as _nm_sddmm  # noqa: F401  isort: skip
 from sparse_layouts.kernels.block_attention import attention  # isort: skip
 from sparse_layouts.kernels.sddmm import sddmm  # isort: skip
+
+if TYPE_CHECKING:
+    from sparse_layouts.viewing.comparison import compare
+    from sparse_layouts.viewing.explorer import explore
+    from sparse_layouts.viewing.roofline import roofline
+
+_LOOKING = {"compare": "comparison", "explore": "explorer", "roofline": "roofline"}
+
+
+def __getattr__(name: str) -> Any:
+    """What people look at is imported when it is first asked for."""
+    if name not in _LOOKING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.viewing.{_LOOKING[name]}"), name)
+
 
 __all__ = [
     "BSRTensor",

@@ -139,11 +139,11 @@ class _Lists:
 
     def attended(self, queries: np.ndarray, keys: np.ndarray) -> None:
         """Sets in `keys` (Nb, bn) what any of `queries` (Mb, bm) attends to."""
-        active = np.flatnonzero(queries.any(1)[self.rows])
+        active = np.flatnonzero(np.asarray(queries.any(1))[self.rows])
         keys[self.columns[active[self.tiles[active] == 0]]] = True
         for at in self._partial(active):
             blocks = self.table[self.tiles[at]]  # (n, bm, bn)
-            found = (blocks & np.asarray(queries[self.rows[at]])[:, :, None]).any(1)
+            found = (blocks & queries[self.rows[at]][:, :, None]).any(1)
             np.logical_or.at(keys, self.columns[at], found)
 
     def first_and_last_queries(self) -> tuple[np.ndarray, np.ndarray]:

@@ -102,9 +102,9 @@ def test_a_large_one_is_small_and_fast(name: str) -> None:
     best = float("inf")
     for _ in range(5):  # a loaded machine only ever adds
         layout = LARGE[name]()  # a new one: nothing is kept from before
-        start = time.perf_counter()
+        start = time.thread_time()  # one thread does it all; others' turns do not count
         shown = layout._repr_html_()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.thread_time() - start)
         assert len(shown.encode()) < 50_000
         if best < 0.020:
             break
