@@ -18,7 +18,7 @@ import sparse_layouts as sl
 from benchmarks.timing import Row, WrongResult, check_error, guarded, microseconds, selected
 from sparse_layouts.dispatch import choose
 from sparse_layouts.kernels import block_matmul
-from sparse_layouts.measuring import dense_causal_attention, interleaved, relative_error
+from sparse_layouts.measuring import dense_attention, interleaved, relative_error
 
 LOCAL, STRIDE = 4, 8
 
@@ -90,6 +90,19 @@ def local_stride_rows(
     return torch.stack(own)
 
 
+def local_stride_entries(seq_len: int, block: int, local: int, stride: int, heads: int) -> int:
+    """Stored entries of the causal pattern over all heads, a multiple of `stride` of them."""
+    grid = seq_len // block
+    j = torch.arange(grid)
+    total = 0
+    for residue in range(stride):  # heads h and h + stride are equal
+        strided = ((j + residue) % stride == 0).long().cumsum(0)
+        before = torch.where(j >= local, strided[(j - local).clamp(min=0)], 0)
+        full = before.sum() + torch.minimum(j + 1, torch.tensor(local)).sum() - grid
+        total += int(full) * block * block + grid * (block * (block + 1) // 2)
+    return total * (heads // stride)
+
+
 def run(only: Sequence[str], quick: bool, tell: Callable[[str], None]) -> list[Row]:
     """The rows whose names contain one of `only` (all without any)."""
     effort = QUICK if quick else Effort()
@@ -151,8 +164,8 @@ def attention(
 
         few = [t[:, two] for t in (q, k, v, dout)]
         given = (few[0], few[1], few[2], stored, few[3] if backward else None)
-        exact = dense_causal_attention(*given)
-        dense = dense_causal_attention(*given, dtype=dtype)
+        exact = dense_attention(*given, causal=True)
+        dense = dense_attention(*given, causal=True, dtype=dtype)
         found = [t[:, two] for t in attend(attn_mask=mask)]
         for what, f, e, t in zip(("out", "dq", "dk", "dv"), found, exact, dense, strict=False):
             error, dense_error = relative_error(f, e), relative_error(t, e)
@@ -265,15 +278,7 @@ def build(effort: Effort, tell: Callable[[str], None]) -> list[Row]:
         )
 
     tell(f"{BUILD}: counting")
-    mask, grid = make(), n // block
-    j = torch.arange(grid)
-    expected = 0
-    for residue in range(stride):  # heads h and h + stride are equal
-        strided = ((j + residue) % stride == 0).long().cumsum(0)
-        before = torch.where(j >= local, strided[(j - local).clamp(min=0)], 0)
-        full = before.sum() + torch.minimum(j + 1, torch.tensor(local)).sum() - grid
-        expected += int(full) * block * block + grid * (block * (block + 1) // 2)
-    expected *= heads // stride
+    mask, expected = make(), local_stride_entries(n, block, local, stride, heads)
     if mask.nnz != expected:
         raise WrongResult(f"{BUILD}: {mask.nnz} stored entries, the formula has {expected}")
     tell(f"timing {BUILD}")

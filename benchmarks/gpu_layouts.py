@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparse_layouts as sl
-from benchmarks.gpu import OURS, QUICK, Effort, attempt
+from benchmarks.gpu import OURS, QUICK, Effort
 from benchmarks.layouts import power_law
-from benchmarks.timing import Row, check_error, gpu_times, guarded, selected
+from benchmarks.timing import Row, attempt, check_error, gpu_times, guarded, selected
 from sparse_layouts.measuring import relative_error
 
 BATCHES = (1, 16, 512, 4096)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import statistics
+import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from sparse_layouts.measuring import Timing, interleaved
+from sparse_layouts.measuring import Timing, interleaved, synchronize
 
 # A kernel may err at most this many times what dense torch errs in the same dtype, plus a few eps.
 TIMES_DENSE, MORE_EPS = 2.0, 4.0
@@ -23,9 +27,10 @@ class WrongResult(Exception):
 class Row:
     """One measured line.
 
-    `measured` and `bar` are in `unit`: "x" a ratio to the first rival (at least the bar), a unit of
-    time (at most the bar). `rivals` holds their times and `ratios` how many times faster this is.
-    `flop` counts the stored part of the work.
+    `measured` and `bar` are in `unit`: "x" a ratio (at least the bar) to the rival that `over`
+    names or else the first one, a unit of time (at most the bar). `rivals` holds their times and
+    `ratios` how many times faster this is. `flop` counts the stored part of the work, `share` is
+    its rate over that of `share_of`, and `graph` the time in a CUDA graph.
     """
 
     name: str
@@ -42,6 +47,11 @@ class Row:
     notes: list[str] = dataclasses.field(default_factory=list)
     ceiling_flops: float | None = None
     wrong: str = ""
+    over: str = ""
+    share: float | None = None
+    share_of: str = ""
+    graph: Timing | None = None
+    kernel: str = ""
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -71,6 +81,7 @@ class Row:
             None if self.timing is None else {**self.timing._asdict(), "spread": self.timing.spread}
         )
         out["rivals"] = {n: {**t._asdict(), "spread": t.spread} for n, t in self.rivals.items()}
+        out["graph"] = None if self.graph is None else self.graph._asdict()
         out |= {"ratios": self.ratios, "flops": self.flops, "holds": self.holds}
         return out
 
@@ -85,19 +96,63 @@ def check_error(what: str, error: float, dense_error: float, dtype: torch.dtype)
         )
 
 
-def guarded(name: str, device: str, measure: Callable[..., list[Row]], *args: Any) -> list[Row]:
-    """`measure(*args)`, or a row that says what went wrong: the others are still worth measuring.
+def guarded_rows(name: str, device: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows as they come, then one that says what went wrong: others are still worth measuring.
 
     That is so for every exception; of one that is no :class:`WrongResult`, stderr has the trace.
     """
     try:
-        return measure(*args)
+        yield from rows
     except WrongResult as error:
-        return [Row(name, device, wrong=str(error))]
+        yield Row(name, device, wrong=str(error))
     except Exception as error:
         traceback.print_exc()
         first = (str(error).strip().splitlines() or [""])[0]
-        return [Row(name, device, wrong=f"{type(error).__name__}: {first}")]
+        yield Row(name, device, wrong=f"{type(error).__name__}: {first}")
+
+
+def guarded(name: str, device: str, measure: Callable[..., list[Row]], *args: Any) -> list[Row]:
+    """`measure(*args)`, or a row that says what went wrong, as :func:`guarded_rows`."""
+
+    def rows() -> Iterator[Row]:
+        yield from measure(*args)
+
+    return list(guarded_rows(name, device, rows()))
+
+
+def attempt(function: Callable[[], Any]) -> tuple[str, Any]:
+    """`("", result)`, or why it did not work and None.
+
+    For rivals alone: they fail in ways of their own (compilers, out of memory, assertions), and a
+    rival that does not run is a result, not an error.
+    """
+    try:
+        return "", function()
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        return f"{type(error).__name__}: {lines[0][:120]}", None
+
+
+def forward_of(function: Callable[..., Tensor], leaves: Sequence[Tensor]) -> Callable[[], Tensor]:
+    """Forward without a graph."""
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return function(*leaves)
+
+    return run
+
+
+def backward_of(
+    function: Callable[..., Tensor], leaves: Sequence[Tensor], dout: Tensor
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Backward alone, on a graph that is kept."""
+    out = function(*leaves)
+
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+    return run
 
 
 def per_call(function: Callable[[], Any], calls: int) -> Callable[[], None]:
@@ -119,6 +174,57 @@ def microseconds(
         name: Timing(t.median_s / calls, t.low_s / calls, t.high_s / calls, t.repeats)
         for name, t in each.items()
     }
+
+
+def host_time(function: Callable[[], Any], *, calls: int, rounds: int, device: str) -> Timing:
+    """What a warm call costs the CPU: the smallest of the rounds' medians over single calls.
+
+    A round begins with an empty queue, and `calls` are few enough that it never fills: a call then
+    returns when its launches are queued, and the device's own time is not in it.
+    """
+    for _ in range(3):
+        function()
+    medians = []
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            synchronize(device)
+            seconds = []
+            for _ in range(calls):
+                begin = time.perf_counter_ns()
+                function()
+                seconds.append((time.perf_counter_ns() - begin) / 1e9)
+            medians.append(statistics.median(seconds))
+    finally:
+        if collects:
+            gc.enable()
+        synchronize(device)
+    return Timing(min(medians), min(medians), max(medians), rounds)
+
+
+def graphed(make: Callable[[], Callable[[], Any]]) -> Callable[[], None]:
+    """Replays `make()`'s call as a CUDA graph: its kernels without the Python on the way.
+
+    `make` is called on the stream that is captured, because backward runs on its forward's.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run = make()
+        for _ in range(3):
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        kept = run()
+    alive = (run, kept)  # what the graph reads and writes
+
+    def replay() -> None:
+        assert alive
+        graph.replay()
+
+    return replay
 
 
 def gpu_times(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse_layouts.block_pattern import BlockPattern, entry_rows
 from sparse_layouts.derived import derived
-from sparse_layouts.kernels.cpu_schedule import Schedule, Step
+from sparse_layouts.kernels.cpu_schedule import Schedule, SequenceTiles, Step
 
 LOG2_E = math.log2(math.e)
 
@@ -60,13 +60,15 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 else score_dtype(dtype)
 
 
-def pad_rows(x: Tensor, before: int, total: int, dtype: torch.dtype) -> Tensor:
-    """x (H, N, D) as contiguous (H, total, D) in `dtype` after `before` rows of zeros; maybe x."""
+def pad_rows(x: Tensor, before: int, total: int, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
+    """x (H, N, D) as contiguous (H, total, D) in `dtype` after `before` rows of `fill`; maybe x."""
     heads, rows, width = x.shape
     padded = rows != total
     if not padded and (x.dtype != dtype or x.stride(2) == 1):
         return x.to(dtype).contiguous()
-    out = (torch.zeros if padded else torch.empty)(heads, total, width, dtype=dtype)
+    out = torch.empty(heads, total, width, dtype=dtype)
+    if padded:
+        out.fill_(fill)
     for own, source in zip(out, x, strict=True):  # torch transposes fast in two dimensions only
         own[before : before + rows] = source
     return out
@@ -96,12 +98,26 @@ def gather_blocks(
     return out.copy_(blocks.view(tiles, -1, bm, bn).transpose(1, 2)).flatten(2)
 
 
-def add_masks(scores: Tensor, plan: Schedule, step: Step) -> None:
+def add_masks(scores: Tensor, plan: Schedule, step: Step, scratch: Scratch) -> None:
     """Adds to scores (T, R, C) what is -inf where nothing is stored, and log2 of the counts."""
     tiles, rows, columns = scores.shape
+    if plan.sequences is not None and step.kinds is not None:
+        terms = scratch.gather("terms", *_mask_rows(plan, step, plan.sequences), tiles, rows, -1)
+        scores[:, :, columns - terms.shape[2] :].add_(terms)
     by_block_row = scores.view(tiles, plan.group, rows // plan.group, columns)
     for first, last, start, end, mask in step.runs:
         by_block_row[first:last, :, :, start:end].add_(plan.masks[mask])
+
+
+def _mask_rows(plan: Schedule, step: Step, own: SequenceTiles) -> tuple[Tensor, Tensor]:
+    """The terms, and which of them (T * R * L',) the rows of a step's last L' blocks take."""
+    assert step.kinds is not None
+    bm = own.block_rows
+    first = own.rows[step.tiles % plan.num_tiles] % (plan.group * bm)
+    row = first[:, None] + torch.arange(plan.rows)  # (T, R) in the tile's block rows
+    block_row = row.div(bm, rounding_mode="floor")
+    kinds = step.kinds.gather(1, block_row[..., None].expand(-1, -1, step.kinds.shape[2]))
+    return own.terms, (kinds * bm + (row % bm)[..., None]).flatten()
 
 
 def clear_masked(scores: Tensor, plan: Schedule, step: Step) -> None:

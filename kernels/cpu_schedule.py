@@ -42,6 +42,7 @@ class Step(NamedTuple):
     `columns` | (T * L,) | kv_head * Nb + block column
     `positions` | (T, group, L) or None | place in the pattern's own row lists; -1: a dead block
     `slots` | (T * L,) or None | of a schedule of block rows: where the blocks lie in `values`
+    `kinds` | (T, group, L') or None | of a schedule of sequences: masks of the last L' columns
     """
 
     tiles: Tensor
@@ -50,14 +51,37 @@ class Step(NamedTuple):
     runs: tuple[MaskRun, ...]
     positions: Tensor | None = None
     slots: Tensor | None = None
+    kinds: Tensor | None = None
+
+
+class SequenceTiles(NamedTuple):
+    """What the tiles of several sequences have of their own, `num_tiles` of them a head.
+
+    field | shape | meaning
+    ---|---|---
+    `samples` | (num_tiles,) int64 | the tile's sequence
+    `rows` | (num_tiles,) int64 | the pattern's row in which the tile begins
+    `key_starts` | (num_tiles,) int64 | the block in which the sequence's keys begin
+    `key_blocks` | int | blocks of keys that a KV head has
+    `block_rows` | int | bm
+    `terms` | (kinds * bm, bn) | of every kind of block what its rows add to scores in base 2
+    """
+
+    samples: Tensor
+    rows: Tensor
+    key_starts: Tensor
+    key_blocks: int
+    block_rows: int
+    terms: Tensor
 
 
 class Schedule(NamedTuple):
-    """All steps of the heads of one sample.
+    """All steps of the heads of one sample, or of several sequences.
 
     A tile has `rows` rows, the mask's rows from `(first_tile + tile) * group * bm + crop` on.
     `masks` are terms of the scores in base 2, (group, bm or 1, columns): -inf where nothing is
-    stored, log2(count) elsewhere.
+    stored, log2(count) elsewhere. With `sequences` a tile lies where that says, and its masks are
+    the steps' `kinds`.
     """
 
     group: int
@@ -67,6 +91,7 @@ class Schedule(NamedTuple):
     num_tiles: int
     steps: tuple[Step, ...]
     masks: tuple[Tensor, ...]
+    sequences: SequenceTiles | None = None
 
 
 class _Tiles(NamedTuple):
@@ -75,6 +100,7 @@ class _Tiles(NamedTuple):
     starts: np.ndarray  # (tiles + 1,) into columns
     columns: np.ndarray  # (U,) block columns, those without a mask first
     positions: np.ndarray  # (U, group)
+    kinds: np.ndarray  # (U, group) int32 kinds of block
     by_token: np.ndarray  # (tiles,) columns that are masked by token, the last ones
     mask_ids: np.ndarray  # (tiles,) equal where the masks are equal; -1: none
     codes: list[
@@ -95,7 +121,7 @@ def attention_schedule(
 
     def build() -> Schedule:
         bm, mb = p.block_size[0], p.grid[0]
-        group = 1 if num_queries <= bm else derived(p, "cpu_group", lambda: _choose_group(p))
+        group = 1 if num_queries <= bm else best_group(p)
         offset = p.shape[0] - num_queries
         first = offset // (group * bm)
         plan = Schedule(group, group * bm, 0, first, -(-mb // group) - first, (), ())
@@ -148,7 +174,7 @@ def _add_steps(
 ) -> Schedule:
     """`plan` with the steps of the tiles of `heads` (H,), the pattern of each head."""
     bn, (mb, nb), num_tiles = p.block_size[1], p.grid, plan.num_tiles
-    tiles = derived(p, ("cpu_tiles", plan.group), lambda: _build_tiles(p, plan.group))
+    tiles = pattern_tiles(p, plan.group)
     own = np.arange(plan.first_tile, plan.first_tile + num_tiles)
     source = (heads.astype(np.int64)[:, None] * -(-mb // plan.group) + own).ravel()
     target = np.arange(source.size)
@@ -210,12 +236,17 @@ def _mask(
     p: BlockPattern, codes: Tensor, by_token: bool, dtype: torch.dtype, plan: Schedule
 ) -> Tensor:
     """The mask (group, bm or 1, columns * bn) of kinds `codes` (columns, group), by tile rows."""
-    table, _ = derived(p, "cpu_kinds", lambda: _kinds(p))
+    table, _ = kinds_of(p)
     blocks = table[codes.T] if by_token else table[codes.T, :1]  # (group, columns, bm or 1, bn)
     mask = blocks.transpose(1, 2).flatten(2)
     if by_token and plan.group == 1:
         mask = mask[:, plan.crop : plan.crop + plan.rows]
     return mask.to(dtype).contiguous()
+
+
+def kinds_of(p: BlockPattern) -> tuple[Tensor, np.ndarray]:
+    """What :func:`_kinds` finds, once a pattern."""
+    return derived(p, "cpu_kinds", lambda: _kinds(p))
 
 
 def _kinds(p: BlockPattern) -> tuple[Tensor, np.ndarray]:
@@ -243,11 +274,16 @@ def _kinds(p: BlockPattern) -> tuple[Tensor, np.ndarray]:
     return torch.cat([table, torch.full_like(table[:1], -torch.inf)]), codes[1:].numpy()
 
 
+def pattern_tiles(p: BlockPattern, group: int) -> _Tiles:
+    """The tiles of `group` block rows, once a pattern."""
+    return derived(p, ("cpu_tiles", group), lambda: _build_tiles(p, group))
+
+
 def _build_tiles(p: BlockPattern, group: int) -> _Tiles:
     (mb, nb), patterns = p.grid, p.num_patterns
     per_pattern = -(-mb // group)
     num_tiles = patterns * per_pattern
-    table, kind = derived(p, "cpu_kinds", lambda: _kinds(p))
+    table, kind = kinds_of(p)
     dead = table.shape[0] - 1
     token_kinds = (table != table[:, :1, :1]).flatten(1).any(1).numpy()
 
@@ -280,7 +316,13 @@ def _build_tiles(p: BlockPattern, group: int) -> _Tiles:
             seen[key] = len(distinct)
             distinct.append(own)
         mask_ids[t] = seen[key]
-    return _Tiles(starts, columns, positions, by_token, mask_ids, distinct)
+    kinds = codes.astype(np.int32)
+    return _Tiles(starts, columns, positions, kinds, by_token, mask_ids, distinct)
+
+
+def best_group(p: BlockPattern) -> int:
+    """How many block rows share a tile, chosen once a pattern."""
+    return derived(p, "cpu_group", lambda: _choose_group(p))
 
 
 def _choose_group(p: BlockPattern) -> int:

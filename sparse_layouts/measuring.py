@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# On a GPU torch chooses among its kernels by length and mask: these two take any.
+ANY_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Timing(NamedTuple):
@@ -93,38 +98,48 @@ def peak_bytes(function: Callable[[], Any], device: torch.device | str) -> int:
     return peak
 
 
-def dense_causal_attention(
+def dense_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     stored: Callable[[int, int], Tensor],
     dout: Tensor | None = None,
     *,
+    causal: bool,
     dtype: torch.dtype = torch.float64,
     rows_at_once: int = 1024,
 ) -> tuple[Tensor, ...]:
-    """Dense attention under a causal mask, some rows at a time: fits into memory at any length.
+    """Dense attention under a mask, some rows at a time: fits into memory at any length.
 
-    q, k, v (B, H, N, D), computed in `dtype`; `stored(start, stop)` gives rows start..stop of the
-    dense bool mask, broadcastable to (B, H, stop - start, N). Returns `(out,)`, or with the
-    gradient `dout` of the output `(out, dq, dk, dv)`, the gradients in float64.
+    q (B, H, N, D), k and v (B, Hkv, N, D), computed in `dtype`; `stored(start, stop)` gives rows
+    start..stop of the dense mask, broadcastable to (B, H, stop - start, N): bool, or integers, how
+    often an entry counts in the softmax. `causal` promises that it stores nothing right of the
+    diagonal, which saves half the work. Returns `(out,)`, or with the gradient `dout` of the output
+    `(out, dq, dk, dv)`, the gradients in float64.
     """
     q, k, v = (t.detach().to(dtype) for t in (q, k, v))
+    group = q.shape[1] // k.shape[1]
     # Gradients of the slices are added up in float64, so that slicing costs a narrow dtype nothing.
     dq, dk, dv = (torch.zeros_like(t, dtype=torch.float64) for t in (q, k, v))
     slices = []
     for start in range(0, q.shape[-2], rows_at_once):
         stop = min(start + rows_at_once, q.shape[-2])
-        parts = [q[..., start:stop, :], k[..., :stop, :], v[..., :stop, :]]
+        reach = stop if causal else k.shape[-2]
+        parts = [q[..., start:stop, :], k[..., :reach, :], v[..., :reach, :]]
         if dout is not None:
             parts = [t.detach().requires_grad_() for t in parts]
-        own = stored(start, stop)[..., :stop]
-        out = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], attn_mask=own)
+        own = stored(start, stop)[..., :reach]
+        if own.dtype != torch.bool:
+            own = own.to(dtype).log()
+        # one KV head for each query head: gradients of those that share one are added up
+        keys, values = (t.repeat_interleave(group, 1) for t in parts[1:])
+        with sdpa_kernel(ANY_MASK) if q.is_cuda else contextlib.nullcontext():
+            out = F.scaled_dot_product_attention(parts[0], keys, values, attn_mask=own)
         slices.append(out.detach())
         if dout is not None:
             given = dout[..., start:stop, :].to(dtype)
             dq[..., start:stop, :], more_dk, more_dv = torch.autograd.grad(out, parts, given)
-            dk[..., :stop, :] += more_dk
-            dv[..., :stop, :] += more_dv
+            dk[..., :reach, :] += more_dk
+            dv[..., :reach, :] += more_dv
     whole = torch.cat(slices, -2)
     return (whole,) if dout is None else (whole, dq, dk, dv)

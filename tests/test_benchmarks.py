@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import sparse_layouts as sl
-from benchmarks import bigbird, cpu, gpu, layouts
-from benchmarks.__main__ import cells, main
-from benchmarks.timing import Row, WrongResult, check_error, selected
+from benchmarks import attention, bigbird, cpu, gpu, gpu_layouts, layouts
+from benchmarks.__main__ import main
+from benchmarks.report import cells
+from benchmarks.timing import Row, WrongResult, attempt, check_error, host_time, selected
 from sparse_layouts.measuring import Timing
 
 QUICK = ["--quick", "--device", "cpu", "--threads", str(torch.get_num_threads())]
@@ -146,27 +150,41 @@ def test_the_formula_of_the_references_is_the_pattern(heads: int) -> None:
     two = [0, heads - 1]
     rows = cpu.local_stride_rows(100, 300, 300, 16, 2, 8, two, step)
     assert torch.equal(rows, mask[two, 100:])
-    case = gpu.AttentionCase("A", 1, heads, 300, 64, 16, 2, 8)
-    assert torch.equal(gpu.stored_rows(case, heads - 1, 100, 300, "cpu"), mask[-1, 100:])
 
 
 def test_gpu_rows_have_names() -> None:
-    assert gpu.names(False)[:2] == ["A1 forward", "A1 backward"]
-    assert len(gpu.names(False)) == 12
+    assert [f"matmul 25% block {block}" for block in (16, 32, 64, 128)] == gpu.NAMES
+    known = [*gpu.NAMES, *gpu_layouts.NAMES, *attention.names(False)]
+    assert len(set(known)) == len(known)
 
 
 def test_a_rival_that_fails_is_a_note() -> None:
     def broken() -> None:
         raise RuntimeError("no such kernel\nand a long story")
 
-    assert gpu.attempt(broken) == ("RuntimeError: no such kernel", None)
-    assert gpu.attempt(lambda: 3) == ("", 3)
+    assert attempt(broken) == ("RuntimeError: no such kernel", None)
+    assert attempt(lambda: 3) == ("", 3)
+
+
+def test_the_time_of_a_call_is_the_smallest_median_of_single_calls() -> None:
+    begin = time.monotonic()
+    waits = itertools.cycle([0.001, 0.001, 0.02])
+
+    def call() -> None:
+        time.sleep(next(waits))
+
+    found = host_time(call, calls=6, rounds=3, device="cpu")
+    assert 0.001 <= found.median_s == found.low_s <= found.high_s < 0.02
+    assert found.repeats == 3
+    assert time.monotonic() - begin > 3 * 6 * 0.001
+    assert gc.isenabled()
 
 
 @pytest.mark.gpu
 def test_quick_run_on_a_gpu(tmp_path: Path) -> None:
-    assert main(["--quick", "--device", "cuda", "--out", str(tmp_path)]) == 0
+    assert main(["--quick", "--device", "cuda", "--only", "block", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "benchmarks.json").read_text(encoding="utf-8"))["rows"]
-    assert {row["name"] for row in rows} == set(gpu.names(True))
+    known = [*gpu.NAMES, *gpu_layouts.NAMES, *attention.names(True)]
+    assert [row["name"] for row in rows] == selected(known, ["block"])
     for row in rows:
         assert row["timing"]["median_s"] > 0, row["name"]

@@ -12,6 +12,11 @@ from torch import Tensor
 from sparse_layouts.block_pattern import expand_heads
 from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.index_identity import same_index
+from sparse_layouts.kernels.block_attention.length_checks import (
+    Lengths,
+    check_kinds,
+    check_places,
+)
 from sparse_layouts.layout_tensor import LayoutTensor
 
 
@@ -26,9 +31,10 @@ def check_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
     exact_rows: bool = False,
+    lengths: Lengths | None = None,
 ) -> None:
     """Raises `TypeError` or `ValueError` for operands that do not fit; `exact_rows`: the mask has
-    as many rows as q.
+    as many rows as q. With `lengths` the mask's size does not matter.
     """
     if not isinstance(mask, BSRTensor):
         kind = type(mask).__name__
@@ -41,11 +47,15 @@ def check_attention(
             f"{what}: expected a bool mask layout, got {mask.dtype} values; add scores as bias=, "
             f"with mask=w.pattern"
         )
+    if lengths is not None:
+        check_kinds(what, lengths)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor) or isinstance(t, LayoutTensor):
             raise TypeError(f"{what}: {name} is a dense tensor, got {type(t).__name__}")
         if not t.dtype.is_floating_point:
             raise TypeError(f"{what}: {name} must be floating, got {t.dtype}")
+        if lengths is not None:
+            _check_dimensions(what, name, t, lengths)
         if not 2 <= t.dim() <= 4:
             raise ValueError(
                 f"{what}: {name} is (B, H, N, D), (H, N, D) or (N, D), got shape {tuple(t.shape)}"
@@ -69,20 +79,44 @@ def check_attention(
         raise ValueError(f"{what}: dropout_p is at least 0 and below 1, got {dropout_p}")
     if scale is not None and (isinstance(scale, Tensor) or scale != scale):
         raise ValueError(f"{what}: scale is a number, got {scale!r}")
-    _check_shapes(what, q, k, v, mask, exact_rows)
+    sizes = _sizes(q, k, lengths)
+    _check_shapes(what, q, k, v)
+    if lengths is None:
+        _check_rows(what, q, k, mask, exact_rows)
+    else:
+        check_places(what, lengths, q.device, sizes[0])
+    kind = "sequences" if lengths is not None and lengths.packed else "samples"
+    _check_heads(what, mask, *sizes, kind)
     if bias is not None:
-        _check_bias(what, bias, mask, q)
+        _check_bias(what, bias, mask, *sizes[:2], kind)
 
 
-def _check_shapes(
-    what: str, q: Tensor, k: Tensor, v: Tensor, mask: BSRTensor, exact_rows: bool
-) -> None:
+def _check_dimensions(what: str, name: str, t: Tensor, lengths: Lengths) -> None:
+    shape = tuple(t.shape)
+    if lengths.packed and t.dim() != 3:
+        raise ValueError(
+            f"{what}: with cu_seqlens {name} is (T, H, D), sequences one after another, got shape "
+            f"{shape}; a padded batch (B, H, N, D) takes q_lens, kv_lens, kv_starts"
+        )
+    if not lengths.packed and t.dim() != 4:
+        raise ValueError(
+            f"{what}: with {', '.join(lengths.given)} {name} is (B, H, N, D), got shape {shape}; "
+            f"packed sequences (T, H, D) take cu_seqlens_q and cu_seqlens_k"
+        )
+
+
+def _check_shapes(what: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"{what}: q has head size {q.shape[-1]}, k {k.shape[-1]}")
     if k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
             f"{what}: k {tuple(k.shape)} and v {tuple(v.shape)} differ in batch, heads or length"
         )
+    if q.dim() == 4 and k.shape[0] not in (1, q.shape[0]) and q.shape[0] != 1:
+        raise ValueError(f"{what}: batch sizes {q.shape[0]} and {k.shape[0]} differ")
+
+
+def _check_rows(what: str, q: Tensor, k: Tensor, mask: BSRTensor, exact_rows: bool) -> None:
     rows, columns = mask.block_pattern.shape
     if columns != k.shape[-2]:
         raise ValueError(
@@ -96,9 +130,11 @@ def _check_shapes(
         )
     if rows < q.shape[-2]:
         raise ValueError(f"{what}: the mask has {rows} rows, fewer than the {q.shape[-2]} queries")
-    batches, heads, kv_heads = _sizes(q, k)
-    if q.dim() == 4 and k.shape[0] not in (1, q.shape[0]) and q.shape[0] != 1:
-        raise ValueError(f"{what}: batch sizes {q.shape[0]} and {k.shape[0]} differ")
+
+
+def _check_heads(
+    what: str, mask: BSRTensor, batches: int, heads: int, kv_heads: int, kind: str
+) -> None:
     if heads % max(kv_heads, 1) or (heads and not kv_heads):
         raise ValueError(f"{what}: {kv_heads} KV heads do not divide {heads} query heads")
     lead = mask.block_pattern.lead
@@ -113,18 +149,21 @@ def _check_shapes(
         )
     if len(lead) == 2 and lead[0] not in (1, batches):
         raise ValueError(
-            f"{what}: the mask is for a batch of {lead[0]}, there are {batches} samples"
+            f"{what}: the mask is for a batch of {lead[0]}, there are {batches} {kind}"
         )
 
 
-def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
+def _sizes(q: Tensor, k: Tensor, lengths: Lengths | None) -> tuple[int, int, int]:
+    """Samples or packed sequences, query heads and KV heads."""
+    if lengths is not None and lengths.packed:
+        return lengths.cu_seqlens_q.shape[0] - 1, q.shape[1], k.shape[1]
     batches = max(q.shape[0], k.shape[0]) if q.dim() == 4 else 1
     heads = q.shape[-3] if q.dim() >= 3 else 1
     kv_heads = k.shape[-3] if k.dim() >= 3 else 1
     return batches, heads, kv_heads
 
 
-def _check_bias(what: str, bias: Any, mask: BSRTensor, q: Tensor) -> None:
+def _check_bias(what: str, bias: Any, mask: BSRTensor, batches: int, heads: int, kind: str) -> None:
     if not isinstance(bias, BSRTensor) or bias.is_mask:
         raise TypeError(
             f"{what}: bias is a block layout of scores such as sl.sddmm(a, b, mask), got "
@@ -147,7 +186,6 @@ def _check_bias(what: str, bias: Any, mask: BSRTensor, q: Tensor) -> None:
             f"{what}: the bias is not on the mask's blocks; make it with sl.sddmm(a, b, mask) or "
             f"x.sparse_mask(mask)"
         )
-    batches, heads, _ = _sizes(q, q)
     extra = bias.shape[: bias.dim() - 2]
     sizes = (batches, heads)
     fits = len(extra) <= 2 and all(
@@ -157,5 +195,5 @@ def _check_bias(what: str, bias: Any, mask: BSRTensor, q: Tensor) -> None:
         fits = extra[-1] == own.lead[-1] and extra[:-1] in ((), (1,), (batches,))
     if not fits:
         raise ValueError(
-            f"{what}: the bias {tuple(bias.shape)} does not broadcast to {sizes} samples and heads"
+            f"{what}: the bias {tuple(bias.shape)} does not broadcast to {sizes} {kind} and heads"
         )

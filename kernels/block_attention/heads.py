@@ -35,6 +35,25 @@ def list_of_head(pattern: BlockPattern, heads: int) -> Tensor:
     return derived(pattern, ("list_of_head", heads), build)
 
 
+def shared_lists(pattern: BlockPattern, heads: int, size: int) -> bool:
+    """Whether every `size` query heads that stand together read the same lists, in every sample.
+
+    Known from the shapes where the pattern has a list a KV head or one for all; else it takes one
+    host sync, once a pattern.
+    """
+    if size == 1 or not pattern.lead or heads // pattern.lead[-1] % size == 0:
+        return True
+    if heads % size or pattern.head_map is None:
+        return False
+
+    def build() -> bool:
+        table = list_of_head(pattern, heads)
+        table = table.view(table.shape[0], heads // size, size)
+        return bool((table == table[..., :1]).all())
+
+    return derived(pattern, ("shared_lists", heads, size), build)
+
+
 class OwnSlots(NamedTuple):
     """Slots that no head and no sample shares: `base` (B or 1, H) int64, and how many there are."""
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_layouts.block_pattern import BlockPattern, dense_counts
+from sparse_layouts.kernels.block_attention.sequences import Sequences, places
 
 _ROUNDS, _MUL = 10, (0xD2511F53, 0xCD9E8D57)
 _KEY = (0x9E3779B9, 0xBB67AE85)
@@ -69,6 +70,7 @@ def block_attention(
     seed: Tensor | None = None,
     bias: Tensor | None = None,
     bias_base: Tensor | None = None,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` of softmax(scale * q @ k.mT + bias, over the entries that the pattern stores) @
     v.
@@ -84,19 +86,62 @@ def block_attention(
     lists of pattern p has its bias at slot `bias_base[b, h] + t - crow_indices[p, 0]`; `bias_base`
     (B or 1, H) int64. Dropout as in `dropout_keep`; lse does not see it; kept probabilities are
     divided by 1 - p.
+
+    `sequences`: B of them lie in the operands as :class:`Sequences` says, whatever Nq, Nk and
+    `pattern.shape` are. Query r of a sequence stands in the pattern's row k_len - q_len + r, its
+    key c in column c: a pattern is laid over each sequence from its first key, and fewer queries
+    than keys are the last ones. What lies beyond the pattern is not attended to. `head_map`,
+    `bias`, `bias_base` and dropout's `batch` count in sequences, so that packed sequences and the
+    samples of a padded batch give the same. Rows of q that belong to no sequence, and queries
+    before the pattern's first row, give 0 and lse -inf; nothing is read there, NaN or not.
     """
-    (batch, heads, nq, _), kv_heads, (m, n) = q.shape, k.shape[1], pattern.shape
-    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
-    group = heads // kv_heads
-    k, v = (t.to(accumulate).repeat_interleave(group, 1) for t in (k, v))
+    (m, _), nq = pattern.shape, q.shape[2]
     counts = dense_counts(pattern._replace(head_map=None, lead=(pattern.num_patterns,)))
-    counts = counts[head_map.long(), m - nq :]  # (B or 1, H, Nq, Nk)
-    scores = scale * (q.to(accumulate) @ k.mT)
+    counts = counts[head_map.long()]  # (B or 1, H, M, N)
     if bias is not None:
         assert bias_base is not None
-        scores = (
-            scores + _dense_bias(bias.to(accumulate), bias_base, pattern, head_map)[:, :, m - nq :]
-        )
+        accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+        bias = _dense_bias(bias.to(accumulate), bias_base, pattern, head_map)
+    if sequences is None:
+        first = m - nq
+        last = None if bias is None else bias[:, :, first:]
+        return _attend(q, k, v, counts[:, :, first:], last, scale, dropout_p, seed, first)
+
+    where = places(sequences, nq, k.shape[2], pattern)
+    rows, columns = (torch.arange(size, device=q.device) for size in pattern.shape)
+    has_query = (rows >= where.first_row[:, None]) & (rows < where.end_row[:, None])  # (B, M)
+    has_key = columns < where.num_keys[:, None]  # (B, N)
+    q_index = _flat_rows(q, where.q_origin[:, None] + rows, has_query, sequences)
+    k_index = _flat_rows(k, where.k_start[:, None] + columns, has_key, sequences)
+    counts = counts * (has_query[:, None, :, None] & has_key[:, None, None, :])
+    laid = (_laid_over(q, q_index), _laid_over(k, k_index), _laid_over(v, k_index))
+    out, lse = _attend(*laid, counts, bias, scale, dropout_p, seed, 0)
+    result = _taken_back(out, q_index, q.new_zeros(*q.shape[:3], v.shape[3]))
+    fill = lse.new_full((*q.shape[:3], 1), -torch.inf)
+    return result, _taken_back(lse[..., None], q_index, fill)[..., 0]
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    first_row: int,
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` of queries in the mask's rows from `first_row` on; counts and bias (B or 1, H,
+    Nq, Nk).
+    """
+    (batch, heads, nq, _), n = q.shape, k.shape[2]
+    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = heads // k.shape[1]
+    k, v = (t.to(accumulate).repeat_interleave(group, 1) for t in (k, v))
+    scores = scale * (q.to(accumulate) @ k.mT)
+    if bias is not None:
+        scores = scores + bias
     scores = scores.masked_fill(counts == 0, -torch.inf) + counts.clamp(min=1).to(accumulate).log()
     lse = scores.logsumexp(-1)
     finite = lse.masked_fill(counts.sum(-1) == 0, 0.0)
@@ -107,9 +152,34 @@ def block_attention(
             torch.arange(size, device=q.device).view([-1 if i == d else 1 for i in range(4)])
             for d, size in enumerate((batch, heads, nq, n))
         ]
-        keep = dropout_keep(seed, dropout_p, index[0], index[1], index[2] + m - nq, index[3])
+        keep = dropout_keep(seed, dropout_p, index[0], index[1], index[2] + first_row, index[3])
         probabilities = probabilities * keep / (1 - dropout_p)
     return (probabilities @ v).to(q.dtype), lse
+
+
+def _flat_rows(x: Tensor, row: Tensor, there: Tensor, sequences: Sequences) -> Tensor:
+    """(B, R) indices into the rows of all samples of x, one after another; past the last one where
+    nothing is `there`.
+    """
+    samples, _, rows, _ = x.shape
+    if not sequences.packed:
+        row = row + torch.arange(samples, device=x.device)[:, None] * rows
+    return row.where(there, samples * rows)
+
+
+def _laid_over(x: Tensor, index: Tensor) -> Tensor:
+    """(B, H, R, D) of the rows `index` (B, R) of x, 0 where there is none."""
+    flat = x.transpose(1, 2).flatten(0, 1)
+    return torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])[index].transpose(1, 2)
+
+
+def _taken_back(x: Tensor, index: Tensor, elsewhere: Tensor) -> Tensor:
+    """The rows x (B, H, R, D) in the places that `_laid_over` took them from, others' as given."""
+    samples, heads, rows, width = elsewhere.shape
+    flat = elsewhere.transpose(1, 2).flatten(0, 1)
+    flat = torch.cat([flat, flat.new_zeros(1, heads, width)])
+    flat = flat.index_copy(0, index.flatten(), x.transpose(1, 2).flatten(0, 1))
+    return flat[:-1].view(samples, rows, heads, width).transpose(1, 2)
 
 
 def _dense_bias(bias: Tensor, base: Tensor, p: BlockPattern, head_map: Tensor) -> Tensor:
@@ -153,6 +223,7 @@ def block_attention_backward(
     bias_base: Tensor | None = None,
     dbias_base: Tensor | None = None,
     dbias_blocks: int = 0,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`(dq, dk, dv, dbias)` from the gradients to out and lse (None: zero); the other arguments as
     in the forward.
@@ -161,13 +232,15 @@ def block_attention_backward(
     its own, as `bias_base` does in the forward but never shared: dbias is (B, dbias_blocks, bm, bn)
     in bias's dtype, 0 at what is not stored; whoever shares a bias among heads or samples adds up.
     With `dbias_base` of B > 1 rows the slots of all samples are distinct and dbias has batch 1.
+    With `sequences` B counts these; what belongs to none has gradient 0, whatever dout is there.
     """
+    samples = q.shape[0] if sequences is None else sequences.num_sequences
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         own_bias = None
         if bias is not None and dbias_base is not None:
             own_bias = _own_bias(
-                bias, bias_base, pattern, head_map, dbias_base, dbias_blocks, q.shape[0]
+                bias, bias_base, pattern, head_map, dbias_base, dbias_blocks, samples
             )
             own_bias = own_bias.detach().requires_grad_()
         o, s = block_attention(
@@ -181,6 +254,7 @@ def block_attention_backward(
             seed=seed,
             bias=bias if own_bias is None else own_bias,
             bias_base=bias_base if own_bias is None else dbias_base,
+            sequences=sequences,
         )
         inputs = leaves if own_bias is None else [*leaves, own_bias]
         outputs, gradients = [o], [dout]

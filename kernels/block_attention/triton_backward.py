@@ -12,6 +12,7 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern, transpose_pattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.reference import dropout_threshold
+from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_attention.tile_schedule import tile_schedule
 from sparse_layouts.kernels.block_attention.triton_backward_columns import (
     COLUMN_TILES,
@@ -37,6 +38,7 @@ from sparse_layouts.kernels.block_attention.triton_common import (
     tile_descriptor,
     tma_ready,
 )
+from sparse_layouts.kernels.block_attention.triton_sequences import most_tiles, sequence_operands
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -92,6 +94,7 @@ def block_attention_backward(
     bias_base: Tensor | None = None,
     dbias_base: Tensor | None = None,
     dbias_blocks: int = 0,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`(dq, dk, dv, dbias)` as the reference defines them, in bf16, fp16 or fp32.
 
@@ -105,6 +108,7 @@ def block_attention_backward(
         dbias_base, dbias_blocks,
         choose(COLUMN_TILES, size, head_dim, bn, shared_kb),
         choose(ROW_TILES, size, head_dim, bm, shared_kb),
+        sequences,
     )  # fmt: skip
 
 
@@ -127,6 +131,7 @@ def launch_backward(
     dbias_blocks: int,
     by_column: Tiles,
     by_row: Tiles,
+    sequences: Sequences | None = None,
     tma: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """:func:`block_attention_backward` with given tiles, to measure; `tma=False`: plain loads."""
@@ -138,10 +143,17 @@ def launch_backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dbias = None
     if bias is not None and dbias_base is not None:
-        samples = 1 if dbias_base.shape[0] > 1 else batch
+        own = batch if sequences is None else sequences.num_sequences
+        samples = 1 if dbias_base.shape[0] > 1 else own
         dbias = bias.new_zeros(samples, dbias_blocks, bm, bn)
     if lse.numel() == 0 or pattern.num_blocks == 0 or head_dim == 0 or value_dim == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias
+    if sequences is not None:
+        # rows of no sequence are never written
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+        if sequences.num_sequences == 0 or nk == 0:
+            return dq, dk, dv, dbias
     # rows of terms stand 16 bytes apart, as descriptors want them
     terms = torch.empty(2, batch, heads, -(-nq // 4) * 4, device=q.device, dtype=torch.float32)
     lse2, delta = terms[..., :nq]
@@ -180,6 +192,8 @@ def launch_backward(
     inputs = (*q.stride(), *k.stride(), *v.stride(), *dout.stride())
     shared = shared_strides(head_map, bias, bias_base)
     seed = seed if dropout else None
+    arrays, lengths = sequence_operands(sequences, pattern.shape)
+    tma = tma and sequences is None
 
     transposed = transpose_pattern(pattern)
     schedule = tile_schedule(
@@ -190,6 +204,8 @@ def launch_backward(
     )
     groups = schedule.chunks.shape[1]
     num_tiles = groups * max(1, bn // by_column.columns)
+    if sequences is not None:
+        num_tiles = most_tiles(sequences, nk, by_column.columns, pattern.shape[1], aligned=True)
     # a descriptor's rows of terms are read from 16-byte boundaries
     use_tma = tma and bm >= by_column.rows and (m - nq) % 4 == 0
     use_tma = use_tma and tma_ready(q) and tma_ready(dout)
@@ -203,11 +219,12 @@ def launch_backward(
         terms_descriptor(lse2, by_column.rows) if use_tma else lse2,
         terms_descriptor(delta, by_column.rows) if use_tma else delta,
         head_map,
-        *schedule_operands(schedule),
+        *schedule_operands(schedule, ordered=sequences is None),
         transposed.tiles,
         bias,
         bias_base,
         seed,
+        *arrays,
         *inputs,
         *dk.stride(),
         *dv.stride(),
@@ -219,6 +236,7 @@ def launch_backward(
         num_tiles,
         *sizes,
         *numbers,
+        *lengths,
         TMA=use_tma,
         **flags,
         TM=by_column.rows,
@@ -236,8 +254,11 @@ def launch_backward(
     groups = schedule.chunks.shape[1]
     first_tile = (m - nq) // by_row.rows
     num_tiles = -(-m // by_row.rows) - first_tile
-    if m == nq:
+    ordered = m == nq and sequences is None
+    if ordered:
         num_tiles = groups * max(1, bm // by_row.rows)
+    if sequences is not None:
+        num_tiles = most_tiles(sequences, nq, by_row.rows, m, aligned=False)
     use_tma = tma and bn >= by_row.columns and tma_ready(k) and tma_ready(v)
     attention_backward_rows[(num_tiles * heads * batch,)](
         q,
@@ -249,12 +270,13 @@ def launch_backward(
         lse2,
         delta,
         head_map,
-        *schedule_operands(schedule, ordered=m == nq),
+        *schedule_operands(schedule, ordered),
         pattern.tiles,
         bias,
         bias_base,
         None if dbias is None else dbias_base,
         seed,
+        *arrays,
         *inputs,
         *dq.stride(),
         *shared,
@@ -268,6 +290,7 @@ def launch_backward(
         first_tile,
         *sizes,
         *numbers,
+        *lengths,
         TMA=use_tma,
         **flags,
         TM=by_row.rows,

@@ -19,6 +19,12 @@ from sparse_layouts.kernels.block_attention.triton_common import (
     slot_positions,
     stored_entries,
 )
+from sparse_layouts.kernels.block_attention.triton_sequences import (
+    chunk_at,
+    chunks_between,
+    find_tile,
+    place_of,
+)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -26,12 +32,13 @@ def attention_backward_columns(
     q, k_ptr, v_ptr, dout, dk_ptr, dv_ptr, lse2, delta, head_map_ptr,
     starts_ptr, plain_ptr, chunks_ptr, order_ptr, columns_ptr, block_tiles_ptr, log_counts_ptr,
     positions_ptr, tiles_ptr, bias_ptr, bias_base_ptr, seed_ptr,
+    q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_gb, stride_gh, stride_gm, stride_gd,
     stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dvd,
     stride_map, stride_base, stride_bias_b, stride_bias_slot, stride_bias_m, stride_bias_n,
     stride_terms, heads, group, num_groups, num_tiles, row_offset, num_queries, num_keys,
-    head_dim, value_dim, scale, threshold, keep_scale,
+    head_dim, value_dim, scale, threshold, keep_scale, num_sequences, mask_rows, mask_columns,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -40,6 +47,7 @@ def attention_backward_columns(
     PARTS: tl.constexpr = BM // TM if BM > TM else 1
     KEY_PARTS: tl.constexpr = BN // TN if BN > TN else 1
     DROPOUT: tl.constexpr = seed_ptr is not None
+    SEQUENCES: tl.constexpr = q_lens_ptr is not None
     LOG2E: tl.constexpr = 1.4426950408889634
     # The longest columns of all heads come first: one that starts last would run alone. In each
     # part the tiles of a head are neighbours, which read the same queries.
@@ -56,20 +64,43 @@ def attention_backward_columns(
     kv_head = sample % kv_heads
     batch = sample // kv_heads
     batch64, kv_head64 = batch.to(tl.int64), kv_head.to(tl.int64)
-    # a tile is dealt out by the weight that the first head of the group gives it
-    which = tl.load(head_map_ptr + batch * stride_map + kv_head * group)
-    tile = (
-        tl.load(order_ptr + which * num_groups + rank // KEY_PARTS) * KEY_PARTS + rank % KEY_PARTS
-    )
+    begin_query = 0
+    end_query = num_queries
+    end_key = num_keys
+    if SEQUENCES:
+        if q_starts_ptr is not None:
+            batch, rank = find_tile(
+                rank, q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr, num_sequences,
+                num_queries, num_keys, mask_rows, mask_columns, TN, True,
+            )  # fmt: skip
+        row_offset, first_row, end_row, k_start, end_key = place_of(
+            batch, q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr, num_sequences, num_queries,
+            num_keys, mask_rows, mask_columns,
+        )  # fmt: skip
+        tile = rank
+        if tile * TN >= end_key:
+            return
+        begin_query = first_row - row_offset
+        end_query = end_row - row_offset
+    else:
+        # a tile is dealt out by the weight that the first head of the group gives it
+        which = tl.load(head_map_ptr + batch * stride_map + kv_head * group)
+        tile = (
+            tl.load(order_ptr + which * num_groups + rank // KEY_PARTS) * KEY_PARTS
+            + rank % KEY_PARTS
+        )
     offs_n = tile * TN + tl.arange(0, TN)
     offs_r = (tile % KEY_PARTS) * TN + tl.arange(0, TN)  # in the group of block columns
-    mask_n = offs_n < num_keys
+    mask_n = offs_n < end_key
     offs_m = tl.arange(0, TM)
     offs_d = tl.arange(0, D)
     offs_dv = tl.arange(0, DV)
     mask_k = mask_n[:, None] & (offs_d < head_dim)[None, :]
     mask_v = mask_n[:, None] & (offs_dv < value_dim)[None, :]
     keys64 = offs_n.to(tl.int64)[:, None]
+    if SEQUENCES:
+        tl.static_assert(not TMA, "a descriptor would read the padding of a sequence")
+        keys64 += k_start
     k_ptrs = k_ptr + batch64 * stride_kb + kv_head64 * stride_kh
     k_tile = tl.load(
         k_ptrs + keys64 * stride_kn + (offs_d * stride_kd)[None, :], mask=mask_k, other=0.0
@@ -99,6 +130,16 @@ def attention_backward_columns(
         # where the mask has rows before the first query, every tile is masked
         plain = tl.where(row_offset == 0, tl.load(plain_ptr + row) * PARTS, 0)
         total = tl.load(chunks_ptr + row) * PARTS
+        lead = 0
+        jump = 0
+        if SEQUENCES:
+            # rows that are no query have lse +inf, so that full blocks need no mask
+            plain, total, lead, jump = chunks_between(
+                columns_ptr, start, tl.load(plain_ptr + row), total // PARTS, first_row, end_row,
+                BM, GATHER,
+            )  # fmt: skip
+            plain *= PARTS
+            total *= PARTS
         q_head, dout_head = q, dout
         if not TMA:
             q_head += batch64 * stride_qb + head64 * stride_qh
@@ -106,20 +147,20 @@ def attention_backward_columns(
         bias_head = bias_ptr
         if bias_ptr is not None:
             base = tl.load(bias_base_ptr + batch * stride_base + head)
-            bias_head += batch64 * stride_bias_b + base * stride_bias_slot
+            bias_head += batch.to(tl.int64) * stride_bias_b + base * stride_bias_slot
         terms = (batch64 * heads + head) * stride_terms
         # where the next tile lies is loaded one step ahead: its own load would wait for it
-        next_blocks = slot_blocks(columns_ptr, start, offs_m, BM, TM)
+        chunk = chunk_at(0, plain, lead, jump, PARTS, SEQUENCES)
+        next_blocks = slot_blocks(columns_ptr, start + chunk * GATHER, offs_m, BM, TM)
         for j in tl.range(0, total, num_stages=STAGES):
-            first = start + j // PARTS * GATHER
+            first = start + chunk_at(j, plain, lead, jump, PARTS, SEQUENCES) * GATHER
             part = j % PARTS
             blocks = next_blocks
-            next_blocks = slot_blocks(
-                columns_ptr, start + (j + 1) // PARTS * GATHER, offs_m, BM, TM
-            )
+            chunk = chunk_at(j + 1, plain, lead, jump, PARTS, SEQUENCES)
+            next_blocks = slot_blocks(columns_ptr, start + chunk * GATHER, offs_m, BM, TM)
             rows = slot_positions(blocks, part, offs_m, BM, TM)  # [TM], in the mask
             query = rows - row_offset
-            mask_m = (query >= 0) & (query < num_queries)
+            mask_m = (query >= begin_query) & (query < end_query)
             if TMA:
                 first_query = blocks * BM + part * TM - row_offset
                 q_tile = q.load([batch, head, first_query, 0]).reshape([TM, D])

@@ -19,6 +19,12 @@ from sparse_layouts.kernels.block_attention.triton_common import (
     slot_positions,
     stored_entries,
 )
+from sparse_layouts.kernels.block_attention.triton_sequences import (
+    chunk_at,
+    chunks_between,
+    find_tile,
+    place_of,
+)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -26,12 +32,14 @@ def attention_backward_rows(
     q_ptr, k, v, dout_ptr, dq_ptr, dbias_ptr, lse2, delta, head_map_ptr,
     starts_ptr, plain_ptr, chunks_ptr, order_ptr, columns_ptr, block_tiles_ptr, log_counts_ptr,
     positions_ptr, tiles_ptr, bias_ptr, bias_base_ptr, dbias_base_ptr, seed_ptr,
+    q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_gb, stride_gh, stride_gm, stride_gd,
     stride_dqb, stride_dqh, stride_dqm, stride_dqd,
     stride_map, stride_base, stride_bias_b, stride_bias_slot, stride_bias_m, stride_bias_n,
     stride_dbase, stride_dbias_b, stride_terms, heads, group, num_groups, num_tiles, first_tile,
     row_offset, num_queries, num_keys, head_dim, value_dim, scale, threshold, keep_scale,
+    num_sequences, mask_rows, mask_columns,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -40,6 +48,7 @@ def attention_backward_rows(
     PARTS: tl.constexpr = BN // TN if BN > TN else 1
     ROW_PARTS: tl.constexpr = BM // TM if BM > TM else 1
     DROPOUT: tl.constexpr = seed_ptr is not None
+    SEQUENCES: tl.constexpr = q_lens_ptr is not None
     LOG2E: tl.constexpr = 1.4426950408889634
     pid = tl.program_id(0)
     rank = pid % num_tiles
@@ -47,23 +56,49 @@ def attention_backward_rows(
     batch = pid // num_tiles // heads
     kv_head = head // group
     batch64, head64, kv_head64 = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
+    begin_query = 0
+    end_query = num_queries
+    end_key = num_keys
+    if SEQUENCES:
+        if q_starts_ptr is not None:
+            batch, rank = find_tile(
+                rank, q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr, num_sequences,
+                num_queries, num_keys, mask_rows, mask_columns, TM, False,
+            )  # fmt: skip
+        row_offset, first_row, end_row, k_start, end_key = place_of(
+            batch, q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr, num_sequences, num_queries,
+            num_keys, mask_rows, mask_columns,
+        )  # fmt: skip
+        tile = (end_row + TM - 1) // TM - 1 - rank
+        if (end_row <= first_row) | (tile < first_row // TM):
+            return
+        begin_query = first_row - row_offset
+        end_query = end_row - row_offset
     which = tl.load(head_map_ptr + batch * stride_map + head)
     if order_ptr is not None:
         tile = (
             tl.load(order_ptr + which * num_groups + rank // ROW_PARTS) * ROW_PARTS
             + rank % ROW_PARTS
         )
-    else:
+    elif not SEQUENCES:
         tile = first_tile + num_tiles - 1 - rank
     row = which * num_groups + tile // ROW_PARTS
     start = tl.load(starts_ptr + row)
     plain = tl.load(plain_ptr + row) * PARTS
     total = tl.load(chunks_ptr + row) * PARTS
+    lead = 0
+    jump = 0
+    if SEQUENCES:
+        plain, total, lead, jump = chunks_between(
+            columns_ptr, start, plain // PARTS, total // PARTS, 0, end_key, BN, GATHER
+        )
+        plain *= PARTS
+        total *= PARTS
 
     offs_m = tile * TM + tl.arange(0, TM)
     offs_r = (tile % ROW_PARTS) * TM + tl.arange(0, TM)
     query = offs_m - row_offset
-    mask_m = (query >= 0) & (query < num_queries)
+    mask_m = (query >= begin_query) & (query < end_query)
     offs_n = tl.arange(0, TN)
     offs_d = tl.arange(0, D)
     offs_dv = tl.arange(0, DV)
@@ -84,26 +119,32 @@ def attention_backward_rows(
     if not TMA:
         k += batch64 * stride_kb + kv_head64 * stride_kh
         v += batch64 * stride_vb + kv_head64 * stride_vh
+    if SEQUENCES:
+        tl.static_assert(not TMA, "a descriptor would read the padding of a sequence")
+        k += k_start.to(tl.int64) * stride_kn
+        v += k_start.to(tl.int64) * stride_vn
     if bias_ptr is not None:
         base = tl.load(bias_base_ptr + batch * stride_base + head)
-        bias_ptr += batch64 * stride_bias_b + base * stride_bias_slot
+        bias_ptr += batch.to(tl.int64) * stride_bias_b + base * stride_bias_slot
     if dbias_ptr is not None:
         base = tl.load(dbias_base_ptr + batch * stride_dbase + head)
-        dbias_ptr += batch64 * stride_dbias_b + base * (BM * BN)
+        dbias_ptr += batch.to(tl.int64) * stride_dbias_b + base * (BM * BN)
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
     scale2 = scale * LOG2E
 
     dq = tl.zeros([TM, D], tl.float32)
-    next_blocks = slot_blocks(columns_ptr, start, offs_n, BN, TN)
+    chunk = chunk_at(0, plain, lead, jump, PARTS, SEQUENCES)
+    next_blocks = slot_blocks(columns_ptr, start + chunk * GATHER, offs_n, BN, TN)
     for j in tl.range(0, total, num_stages=STAGES):
-        first = start + j // PARTS * GATHER
+        first = start + chunk_at(j, plain, lead, jump, PARTS, SEQUENCES) * GATHER
         part = j % PARTS
         blocks = next_blocks
-        next_blocks = slot_blocks(columns_ptr, start + (j + 1) // PARTS * GATHER, offs_n, BN, TN)
+        chunk = chunk_at(j + 1, plain, lead, jump, PARTS, SEQUENCES)
+        next_blocks = slot_blocks(columns_ptr, start + chunk * GATHER, offs_n, BN, TN)
         keys = slot_positions(blocks, part, offs_n, BN, TN)  # [TN]
-        mask_n = (keys >= 0) & (keys < num_keys)
+        mask_n = (keys >= 0) & (keys < end_key)
         if TMA:
             first_key = blocks * BN + part * TN
             k_tile = k.load([batch, kv_head, first_key, 0]).reshape([TN, D])
@@ -127,6 +168,9 @@ def attention_backward_rows(
             bias_ptrs += (in_row * stride_bias_m)[:, None] + (in_column * stride_bias_n)[None, :]
             s += tl.load(bias_ptrs, mask=position >= 0, other=0.0).to(tl.float32) * LOG2E
         p = tl.math.exp2(s - lse2_tile[:, None])
+        if SEQUENCES:
+            # also full blocks reach over the end of a sequence
+            p = tl.where(mask_n[None, :], p, 0.0)
         if j >= plain:
             if log_counts_ptr is not None:
                 p *= tl.math.exp2(

@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.tile_schedule import TileSchedule
+from sparse_layouts.kernels.block_attention.triton_sequences import SEQUENCE_NAMES, SEQUENCE_SIZES
 
 MAX_HEAD_DIM = 256
 # Arguments that follow lengths or head counts: a kernel is not compiled anew where one is 1 or
@@ -27,7 +28,7 @@ LENGTHS = [
     "num_groups",
 ]
 LENGTHS += ["heads", "group", "threshold", "stride_terms", "stride_lb", "stride_lh", "stride_db"]
-LENGTHS += ["stride_dh"]
+LENGTHS += ["stride_dh", "num_sequences", "mask_rows", "mask_columns"]
 
 
 class Tiles(NamedTuple):
@@ -273,6 +274,7 @@ class Variant(NamedTuple):
     counts: bool = False
     bias: bool = False
     dropout: bool = False
+    sequences: str = ""  # "packed" or "padded"
     shared_kb: int = 163
 
     @property
@@ -289,17 +291,23 @@ class Variant(NamedTuple):
     def name(self) -> str:
         """As `block64-d128-bf16-tma`."""
         on = [w for w in ("tma", "tiles", "counts", "bias", "dropout") if getattr(self, w)]
+        on += [self.sequences] if self.sequences else []
         kind = TYPE_NAMES[self.dtype]
         return "-".join(
             [f"block{self.block}", f"d{self.head_dim}", kind, *on, f"{self.shared_kb}kb"]
         )
 
     def absent(self) -> dict[str, None]:
-        """The pointers that this case passes None for."""
+        """The arguments that this case passes None for."""
         names = [] if self.tiles else ["tiles_ptr"]
         names += [] if self.counts else ["log_counts_ptr"]
         names += [] if self.bias else ["bias_ptr", "bias_base_ptr", "positions_ptr"]
         names += [] if self.dropout else ["seed_ptr"]
+        names += {
+            "": [*SEQUENCE_NAMES, *SEQUENCE_SIZES],
+            "packed": ["order_ptr"],
+            "padded": ["order_ptr", "q_starts_ptr", "k_starts_ptr"],
+        }[self.sequences]
         return dict.fromkeys(names)
 
 
@@ -332,6 +340,12 @@ def variants() -> Iterator[Variant]:
     yield Variant(64, 64, bf16, tma=True, bias=True)
     yield Variant(64, 64, bf16, tma=True, dropout=True)
     yield Variant(16, 64, fp16, counts=True, bias=True, dropout=True)
+    for head_dim in (64, 128, 256):
+        yield Variant(64, head_dim, bf16, sequences="packed")
+    yield Variant(64, 128, bf16, tiles=False, sequences="padded")
+    yield Variant(128, 128, bf16, sequences="padded")
+    yield Variant(16, 64, fp32, sequences="packed")
+    yield Variant(16, 64, fp16, counts=True, bias=True, dropout=True, sequences="packed")
     for head_dim in (128, 256):
         yield Variant(64, head_dim, bf16, shared_kb=99)
 

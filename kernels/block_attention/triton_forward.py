@@ -13,6 +13,7 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.reference import dropout_threshold
+from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_attention.tile_schedule import tile_schedule
 from sparse_layouts.kernels.block_attention.triton_common import (
     ANY,
@@ -36,6 +37,14 @@ from sparse_layouts.kernels.block_attention.triton_common import (
     tma_ready,
     variants,
 )
+from sparse_layouts.kernels.block_attention.triton_sequences import (
+    chunk_at,
+    chunks_between,
+    find_tile,
+    most_tiles,
+    place_of,
+    sequence_operands,
+)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -43,20 +52,24 @@ def attention_forward(
     q_ptr, k, v, out_ptr, lse_ptr, head_map_ptr,
     starts_ptr, plain_ptr, chunks_ptr, order_ptr, columns_ptr, block_tiles_ptr, log_counts_ptr,
     positions_ptr, tiles_ptr, bias_ptr, bias_base_ptr, seed_ptr,
+    q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_od,
     stride_map, stride_base, stride_bias_b, stride_bias_slot, stride_bias_m, stride_bias_n,
     heads, group, num_groups, num_tiles, first_tile, row_offset, num_queries, num_keys,
-    head_dim, value_dim, scale, threshold, keep_scale,
+    head_dim, value_dim, scale, threshold, keep_scale, num_sequences, mask_rows, mask_columns,
     TMA: tl.constexpr, POSITIVE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """TM rows of one head: rows of the mask, of which the queries are the last."""
+    """TM rows of one head: rows of the mask, of which the queries are the last, or rows of one of
+    several sequences, whose place `q_lens_ptr` and the like say.
+    """
     GATHER: tl.constexpr = TN // BN if TN > BN else 1
     PARTS: tl.constexpr = BN // TN if BN > TN else 1
     ROW_PARTS: tl.constexpr = BM // TM if BM > TM else 1
     DROPOUT: tl.constexpr = seed_ptr is not None
+    SEQUENCES: tl.constexpr = q_lens_ptr is not None
     LOG2E: tl.constexpr = 1.4426950408889634
     pid = tl.program_id(0)
     rank = pid % num_tiles
@@ -64,23 +77,50 @@ def attention_forward(
     batch = pid // num_tiles // heads
     kv_head = head // group
     batch64, head64, kv_head64 = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
+    begin_query = 0
+    end_query = num_queries
+    end_key = num_keys
+    if SEQUENCES:
+        if q_starts_ptr is not None:
+            batch, rank = find_tile(
+                rank, q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr, num_sequences,
+                num_queries, num_keys, mask_rows, mask_columns, TM, False,
+            )  # fmt: skip
+        row_offset, first_row, end_row, k_start, end_key = place_of(
+            batch, q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr, num_sequences, num_queries,
+            num_keys, mask_rows, mask_columns,
+        )  # fmt: skip
+        # the last rows first: under a causal mask they have the most keys
+        tile = (end_row + TM - 1) // TM - 1 - rank
+        if (end_row <= first_row) | (tile < first_row // TM):
+            return
+        begin_query = first_row - row_offset
+        end_query = end_row - row_offset
     which = tl.load(head_map_ptr + batch * stride_map + head)
     if order_ptr is not None:
         tile = (
             tl.load(order_ptr + which * num_groups + rank // ROW_PARTS) * ROW_PARTS
             + rank % ROW_PARTS
         )
-    else:
+    elif not SEQUENCES:
         tile = first_tile + num_tiles - 1 - rank
     row = which * num_groups + tile // ROW_PARTS
     start = tl.load(starts_ptr + row)
     plain = tl.load(plain_ptr + row) * PARTS
     total = tl.load(chunks_ptr + row) * PARTS
+    lead = 0
+    jump = 0
+    if SEQUENCES:
+        plain, total, lead, jump = chunks_between(
+            columns_ptr, start, plain // PARTS, total // PARTS, 0, end_key, BN, GATHER
+        )
+        plain *= PARTS
+        total *= PARTS
 
     offs_m = tile * TM + tl.arange(0, TM)  # in the mask
     offs_r = (tile % ROW_PARTS) * TM + tl.arange(0, TM)  # in the group of block rows
     query = offs_m - row_offset
-    mask_m = (query >= 0) & (query < num_queries)
+    mask_m = (query >= begin_query) & (query < end_query)
     offs_d = tl.arange(0, D)
     offs_dv = tl.arange(0, DV)
     q_ptrs = q_ptr + batch64 * stride_qb + head64 * stride_qh
@@ -93,9 +133,13 @@ def attention_forward(
     if not TMA:
         k += batch64 * stride_kb + kv_head64 * stride_kh
         v += batch64 * stride_vb + kv_head64 * stride_vh
+    if SEQUENCES:
+        tl.static_assert(not TMA, "a descriptor would read the padding of a sequence")
+        k += k_start.to(tl.int64) * stride_kn
+        v += k_start.to(tl.int64) * stride_vn
     if bias_ptr is not None:
         base = tl.load(bias_base_ptr + batch * stride_base + head)
-        bias_ptr += batch64 * stride_bias_b + base * stride_bias_slot
+        bias_ptr += batch.to(tl.int64) * stride_bias_b + base * stride_bias_slot
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
@@ -105,14 +149,16 @@ def attention_forward(
     norm = tl.zeros([TM], tl.float32)
     acc = tl.zeros([TM, DV], tl.float32)
     # where the next tile lies is loaded one step ahead: its own load would wait for it
-    next_blocks = slot_blocks(columns_ptr, start, offs_n, BN, TN)
+    chunk = chunk_at(0, plain, lead, jump, PARTS, SEQUENCES)
+    next_blocks = slot_blocks(columns_ptr, start + chunk * GATHER, offs_n, BN, TN)
     for j in tl.range(0, total, num_stages=STAGES):
-        first = start + j // PARTS * GATHER
+        first = start + chunk_at(j, plain, lead, jump, PARTS, SEQUENCES) * GATHER
         part = j % PARTS
         blocks = next_blocks
-        next_blocks = slot_blocks(columns_ptr, start + (j + 1) // PARTS * GATHER, offs_n, BN, TN)
+        chunk = chunk_at(j + 1, plain, lead, jump, PARTS, SEQUENCES)
+        next_blocks = slot_blocks(columns_ptr, start + chunk * GATHER, offs_n, BN, TN)
         keys = slot_positions(blocks, part, offs_n, BN, TN)  # [TN]
-        mask_n = (keys >= 0) & (keys < num_keys)
+        mask_n = (keys >= 0) & (keys < end_key)
         if TMA:
             first_key = blocks * BN + part * TN
             k_tile = k.load([batch, kv_head, first_key, 0]).reshape([TN, D])
@@ -136,6 +182,9 @@ def attention_forward(
             bias_ptrs += ((offs_r % BM) * stride_bias_m)[:, None]
             bias_ptrs += (((part * TN + offs_n) % BN) * stride_bias_n)[None, :]
             s += tl.load(bias_ptrs, mask=position >= 0, other=0.0).to(tl.float32) * LOG2E
+        if SEQUENCES:
+            # also full blocks reach over the end of a sequence
+            s = tl.where(mask_n[None, :], s, float("-inf"))
         if j >= plain:
             if log_counts_ptr is not None:
                 s += tl.load(log_counts_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN))
@@ -207,6 +256,7 @@ def block_attention(
     seed: Tensor | None = None,
     bias: Tensor | None = None,
     bias_base: Tensor | None = None,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` as `reference.block_attention` defines them, in bf16, fp16 or fp32.
 
@@ -216,7 +266,7 @@ def block_attention(
     head_dim, block = max(q.shape[-1], v.shape[-1]), pattern.block_size[0]
     tiles = choose(FORWARD_TILES, q.element_size(), head_dim, block, shared_memory_kb(q.device))
     return launch_forward(
-        q, k, v, pattern, head_map, scale, dropout_p, seed, bias, bias_base, tiles
+        q, k, v, pattern, head_map, scale, dropout_p, seed, bias, bias_base, tiles, sequences
     )
 
 
@@ -232,6 +282,7 @@ def launch_forward(
     bias: Tensor | None,
     bias_base: Tensor | None,
     tiles: Tiles,
+    sequences: Sequences | None = None,
     tma: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """:func:`block_attention` with a given tile, for measuring; `tma=False`: plain loads."""
@@ -243,6 +294,12 @@ def launch_forward(
     lse = torch.empty(batch, heads, nq, device=q.device, dtype=torch.float32)
     if lse.numel() == 0 or pattern.num_blocks == 0 or value_dim == 0:
         return out.zero_(), lse.fill_(-math.inf)
+    if sequences is not None:
+        # rows of no sequence are never written
+        out.zero_()
+        lse.fill_(-math.inf)
+        if sequences.num_sequences == 0:
+            return out, lse
     schedule = tile_schedule(
         pattern,
         max(1, tiles.rows // bm),
@@ -254,10 +311,13 @@ def launch_forward(
     num_tiles = -(-m // tiles.rows) - first_tile
     row_parts = max(1, bm // tiles.rows)
     # with all rows there, whole groups are dealt out, heaviest first
-    ordered = m == nq
+    ordered = m == nq and sequences is None
     if ordered:
         num_tiles = schedule.chunks.shape[1] * row_parts
-    tma = tma and bn >= tiles.columns and tma_ready(k) and tma_ready(v)
+    if sequences is not None:
+        num_tiles = most_tiles(sequences, nq, tiles.rows, m, aligned=False)
+    tma = tma and sequences is None and bn >= tiles.columns and tma_ready(k) and tma_ready(v)
+    arrays, sizes = sequence_operands(sequences, pattern.shape)
     dropout = seed is not None and dropout_p > 0
     attention_forward[(num_tiles * heads * batch,)](
         q,
@@ -271,6 +331,7 @@ def launch_forward(
         bias,
         bias_base,
         seed if dropout else None,
+        *arrays,
         *q.stride(),
         *k.stride(),
         *v.stride(),
@@ -289,6 +350,7 @@ def launch_forward(
         scale,
         dropout_threshold(dropout_p),
         kept_scale(dropout_p) if dropout else 1.0,
+        *sizes,
         TMA=tma,
         POSITIVE=scale > 0,
         BM=bm,

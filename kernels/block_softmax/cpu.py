@@ -34,7 +34,7 @@ def block_softmax(values: Tensor, pattern: BlockPattern, *, log: bool = False) -
         for step in plan.steps:
             scores = gather_blocks(scratch, "scores", blocks, step, high).contiguous()  # [T, BM, C]
             scores.mul_(LOG2_E)
-            add_masks(scores, plan, step)
+            add_masks(scores, plan, step, scratch)
             # A row of -inf keeps a finite maximum: its probabilities are then 0, not NaN.
             scores.sub_(scores.amax(-1, keepdim=True).clamp_(min=lowest))
             if log:

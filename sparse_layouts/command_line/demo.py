@@ -17,7 +17,7 @@ import sparse_layouts as sl
 from sparse_layouts import info
 from sparse_layouts.measuring import (
     Timing,
-    dense_causal_attention,
+    dense_attention,
     interleaved,
     peak_bytes,
     relative_error,
@@ -263,8 +263,9 @@ def attention_part(text: str, device: str, tell: Tell, quick: bool) -> Part:
         return dense_mask[:, start:stop]
 
     few = [t[:, two] for t in (q, k, v, dout)]
-    exact = dense_causal_attention(few[0], few[1], few[2], stored, few[3])
-    dense = dense_causal_attention(few[0], few[1], few[2], stored, few[3], dtype=dtype)
+    given = (few[0], few[1], few[2], stored, few[3])
+    exact = dense_attention(*given, causal=True)
+    dense = dense_attention(*given, causal=True, dtype=dtype)
     tell("attending sparsely, forward and backward")
     sparse = [t[:, two] for t in both(attn_mask=mask)]
     errors = [

@@ -9,6 +9,7 @@ and a few eps of the dtype in which it adds up.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -20,10 +21,12 @@ from torch import Tensor
 from sparse_layouts import kernels
 from sparse_layouts.block_pattern import BlockPattern, dense_counts
 from sparse_layouts.kernels.block_attention.reference import _dense_bias, dropout_keep
+from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_matmul.reference import densify
 from sparse_layouts.kernels.sddmm.reference import sample
 from tests.kernels.cases import Call, stored_entries
 from tests.kernels.ops import dense_of, exported
+from tests.kernels.sequence_calls import backward_alone, forward_alone
 
 # By norm, and for the largest entry, which varies more than a norm does: times what torch loses.
 FACTORS = {"norm": 2, "largest": 4}
@@ -124,6 +127,7 @@ class DenseAttention:
         bias: Tensor | None = None,
         bias_base: Tensor | None = None,
         lse: Tensor | None = None,
+        first_sample: int = 0,
     ) -> None:
         (batch, heads, nq, _), (m, n) = q.shape, pattern.shape
         self.group = heads // k.shape[1]
@@ -141,7 +145,8 @@ class DenseAttention:
         self.keep = torch.ones((), dtype=a.work, device=q.device)
         if dropout_p:
             assert seed is not None
-            sizes = ((0, batch), (0, heads), (m - nq, m), (0, n))
+            samples = (first_sample, first_sample + batch)
+            sizes = (samples, (0, heads), (m - nq, m), (0, n))
             index = torch.meshgrid(
                 *(torch.arange(*size, device=q.device) for size in sizes), indexing="ij"
             )
@@ -159,8 +164,16 @@ def dense_block_attention(
     v: Tensor,
     pattern: BlockPattern,
     head_map: Tensor,
+    *,
+    sequences: Sequences | None = None,
     **options: Any,
 ) -> Results:
+    if sequences is not None:
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        lse = torch.full(q.shape[:3], -torch.inf, dtype=a.accumulate, device=q.device)
+        alone = functools.partial(dense_block_attention, a)
+        operands = (q, k, v, pattern, head_map)
+        return forward_alone(alone, (out, lse), *operands, sequences=sequences, **options)
     dense = DenseAttention(a, q, k, pattern, head_map, **options)
     v = v.repeat_interleave(dense.group, 1)
     out = a.product(dense.probabilities * dense.keep, v)
@@ -182,8 +195,19 @@ def dense_block_attention_backward(
     scale: float,
     dbias_base: Tensor | None = None,
     dbias_blocks: int = 0,
+    sequences: Sequences | None = None,
     **options: Any,
 ) -> Results:
+    if sequences is not None:
+        operands = (dout, dlse, q, k, v, out, lse, pattern, head_map)
+        options |= {"sequences": sequences, "dbias_base": dbias_base, "dbias_blocks": dbias_blocks}
+        dbias = None
+        if dbias_base is not None:
+            samples = 1 if dbias_base.shape[0] > 1 else sequences.num_sequences
+            dbias = q.new_zeros(samples, dbias_blocks, *pattern.block_size)
+        whole = (*(torch.zeros_like(x) for x in (q, k, v)), dbias)
+        alone = functools.partial(dense_block_attention_backward, a, scale=scale)
+        return backward_alone(alone, whole, *operands, **options)
     dense = DenseAttention(a, q, k, pattern, head_map, scale=scale, lse=lse, **options)
     p, keep = dense.probabilities, dense.keep
     delta = (dout.to(a.work) * out.to(a.work)).sum(-1, keepdim=True)
@@ -247,6 +271,8 @@ def zeros_by_definition(op: str, call: Call) -> Results:
     q, k, head_map = (*call.args[:2], call.args[4])
     if op == "block_attention_backward":
         q, k, head_map = (*call.args[2:4], call.args[8])
+    if call.kwargs.get("sequences") is not None:
+        return zeros_of_sequences(op, call, q, k)
     m, nq = pattern.shape[0], q.shape[2]
     stored = dense_counts(lists_as_heads(pattern))[head_map.long(), m - nq :] != 0
     stored = stored.expand(q.shape[0], -1, -1, -1)
@@ -257,6 +283,26 @@ def zeros_by_definition(op: str, call: Call) -> Results:
     base, slots = call.kwargs.get("dbias_base"), call.kwargs.get("dbias_blocks", 0)
     own = None if base is None else own_blocks(stored.float(), pattern, head_map, base, slots) == 0
     return no_keys, no_queries, no_queries, own
+
+
+def zeros_of_sequences(op: str, call: Call, q: Tensor, k: Tensor) -> Results:
+    """`zeros_by_definition` of every sequence; elsewhere everything is 0."""
+
+    def alone(*args: Any, **kwargs: Any) -> Results:
+        return zeros_by_definition(op, Call(args, kwargs))
+
+    def everywhere(*shape: int) -> Tensor:
+        return torch.ones(*shape, dtype=torch.bool, device=q.device)
+
+    of_rows, of_keys = everywhere(*q.shape[:3], 1), everywhere(*k.shape[:3], 1)
+    if op == "block_attention":
+        return forward_alone(alone, (of_rows, None), *call.args, **call.kwargs)
+    base, dbias = call.kwargs.get("dbias_base"), None
+    if base is not None:
+        samples = 1 if base.shape[0] > 1 else call.kwargs["sequences"].num_sequences
+        dbias = everywhere(samples, call.kwargs["dbias_blocks"], *call.pattern.block_size)
+    whole = (of_rows, of_keys, of_keys.clone(), dbias)
+    return backward_alone(alone, whole, *call.args, **call.kwargs)
 
 
 # --- the comparison -------------------------------------------------------------------------------

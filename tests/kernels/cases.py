@@ -24,8 +24,10 @@ from sparse_layouts.block_pattern import (
 )
 from sparse_layouts.dispatch import Facts, facts_of
 from sparse_layouts.kernels.block_attention import reference as attention_reference
+from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_softmax import reference as softmax_reference
 from sparse_layouts.kernels.sddmm.reference import sample
+from tests.kernels.sequence_calls import spans
 
 Device = torch.device | str
 
@@ -52,7 +54,7 @@ class Call(NamedTuple):
         """All tensors that the kernel is given, those of the pattern too."""
         flat: list[Any] = []
         for value in (*self.args, *self.kwargs.values()):
-            flat.extend(value if isinstance(value, BlockPattern) else [value])
+            flat.extend(value if isinstance(value, (BlockPattern, Sequences)) else [value])
         return [value for value in flat if isinstance(value, Tensor)]
 
     @property
@@ -363,14 +365,65 @@ def build_block_softmax_backward(case: BlockCase, dtype: torch.dtype, device: De
 # --- block_attention ------------------------------------------------------------------------------
 
 
+class Lying(NamedTuple):
+    """Where sequences lie in operands of `rows` rows of q and of k a sample.
+
+    `spans`: (first query, queries, first key, keys) of each; padded if the first query is None.
+    """
+
+    spans: tuple[tuple[int | None, int, int, int], ...]
+    rows: tuple[int, int]
+    packed: bool
+
+    def on(self, device: Device) -> Sequences:
+        """As kernels take them; starts that are all 0 as None."""
+
+        def column(i: int) -> Tensor:
+            numbers = [span[i] or 0 for span in self.spans]
+            return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+        k_starts = column(2) if self.packed or any(span[2] for span in self.spans) else None
+        return Sequences(column(0) if self.packed else None, column(1), k_starts, column(3))
+
+    def unread(self, mask: tuple[int, int], device: Device) -> tuple[Tensor, Tensor]:
+        """bool (samples, 1, rows): what nobody reads of q, and of k and v, under such a mask."""
+        samples = 1 if self.packed else len(self.spans)
+        of_q, of_k = (torch.ones(samples, 1, n, dtype=torch.bool) for n in self.rows)
+        for span in spans(self.on("cpu"), *self.rows, mask):
+            of_q[span.sample, :, span.queries.start : span.queries.stop] = False
+            of_k[span.sample, :, span.keys.start : span.keys.stop] = False
+        return of_q.to(device), of_k.to(device)
+
+
+def packed(*pairs: tuple[int, int], gap: int = 0) -> Lying:
+    """Sequences of (queries, keys), one after another, `gap` rows of none before and after each."""
+    found = []
+    q, k = gap, gap
+    for queries, keys in pairs:
+        found.append((q, queries, k, keys))
+        q, k = q + queries + gap, k + keys + gap
+    return Lying(tuple(found), (q, k), True)
+
+
+def padded(*pairs: tuple[int, int], rows: tuple[int, int], left: bool = False) -> Lying:
+    """Samples of (queries, keys) in `rows`, keys at the end where the padding is `left`."""
+    return Lying(
+        tuple((None, queries, rows[1] - keys if left else 0, keys) for queries, keys in pairs),
+        rows,
+        False,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionCase:
     """Operands of attention.
 
-    `heads_read`: which list set a head reads: "one" (all the first), "own" (head by head), "kv" (by
-    KV head) or "sample" (drawn for every sample and head). `bias`: None, "shared" (by heads that
-    share a pattern, and by samples) or "own". `poison` puts NaN into k and v where no head reads.
-    `how` gives the strides of q, k, v and dout. `queries` below the mask's rows are its last ones.
+    `sequences` says where several of them lie, instead of `batch` and `queries`; then NaN stands in
+    every row of q, k, v and dout that belongs to none or is not in the pattern. `heads_read`: which
+    list set a head reads: "one" (all the first), "own" (head by head), "kv" (by KV head) or
+    "sample" (drawn for every sample and head). `bias`: None, "shared" (by heads that share a
+    pattern, and by samples) or "own". `poison` puts NaN into k and v where no head reads. `how`
+    gives the strides of q, k, v and dout. `queries` below the mask's rows are its last ones.
     """
 
     name: str
@@ -386,16 +439,29 @@ class AttentionCase:
     scale: float | None = None
     factor: float = 1.0
     bias: str | None = None
+    bias_factor: float = 1.0
+    bias_shift: float = 0.0
     dropout: float = 0.0
     dlse: bool = True
     poison: bool = False
+    sequences: Lying | None = None
     small: bool = False
+
+    @property
+    def patterns(self) -> int:
+        """How many samples may have a pattern of their own."""
+        return self.batch if self.sequences is None else len(self.sequences.spans)
+
+    @property
+    def samples(self) -> int:
+        """The operands' batch."""
+        return 1 if self.sequences is not None and self.sequences.packed else self.patterns
 
     def head_map(self, random: torch.Generator) -> Tensor:
         """int32 (B or 1, H)."""
         lists, kv_heads = self.stored.patterns, self.kv_heads or self.heads
         if self.heads_read == "sample":
-            drawn = torch.randint(0, lists, (self.batch, self.heads), generator=random)
+            drawn = torch.randint(0, lists, (self.patterns, self.heads), generator=random)
             return drawn.int()
         if self.heads_read == "kv":
             own = torch.arange(kv_heads).repeat_interleave(self.heads // kv_heads)
@@ -415,8 +481,13 @@ class AttentionCase:
         clean = forward.map(lambda t: t.double().nan_to_num(0.0))
         out, lse = attention_reference.block_attention(*clean.args, **clean.kwargs)
         q, k, v, pattern, head_map = forward.args
-        dout = make.normal(*out.shape, how=self.how[3])
+        dout = make.normal(*out.shape)
         dlse = make.normal(*lse.shape, dtype=make.accumulator) if self.dlse else None
+        if self.sequences is not None:
+            nobody = self.sequences.unread(pattern.shape, device)[0]
+            dout = dout.masked_fill(nobody[..., None], math.nan)
+            dlse = None if dlse is None else dlse.masked_fill(nobody, math.nan)
+        dout = laid_out(dout, self.how[3])
         kwargs = dict(forward.kwargs)
         if self.bias is not None:
             kwargs["dbias_base"], kwargs["dbias_blocks"] = own_slots(pattern, head_map)
@@ -430,17 +501,25 @@ class AttentionCase:
         head_map = self.head_map(random).to(device)
         (m, n), kv_heads = self.stored.shape, self.kv_heads or self.heads
         nq = m if self.queries is None else self.queries
+        if self.sequences is not None:
+            nq, n = self.sequences.rows
         value_dim = self.head_dim if self.value_dim is None else self.value_dim
-        q = make.normal(self.batch, self.heads, nq, self.head_dim)
-        q = laid_out(q * self.factor, self.how[0])
-        k = make.normal(self.batch, kv_heads, n, self.head_dim, how=self.how[1])
-        v = make.normal(self.batch, kv_heads, n, value_dim, how=self.how[2])
+        q = make.normal(self.samples, self.heads, nq, self.head_dim) * self.factor
+        k = make.normal(self.samples, kv_heads, n, self.head_dim)
+        v = make.normal(self.samples, kv_heads, n, value_dim)
+        if self.sequences is not None:
+            no_query, no_key = self.sequences.unread(pattern.shape, device)
+            q = q.masked_fill(no_query[..., None], math.nan)
+            k, v = (x.masked_fill(no_key[..., None], math.nan) for x in (k, v))
+        q, k, v = (laid_out(x, how) for x, how in zip((q, k, v), self.how, strict=False))
         if self.poison:
             nobody = unread(pattern)[1][head_map.long()]  # (B or 1, H, N)
             nobody = nobody.unflatten(1, (kv_heads, -1)).all(2)[..., None]
             k, v = k.masked_fill(nobody, math.nan), v.masked_fill(nobody, math.nan)
         scale = 1.0 / math.sqrt(max(self.head_dim, 1)) if self.scale is None else self.scale
         kwargs: dict[str, Any] = {"scale": scale}
+        if self.sequences is not None:
+            kwargs["sequences"] = self.sequences.on(device)
         if self.dropout:
             kwargs["dropout_p"] = self.dropout
             kwargs["seed"] = torch.tensor([0x1234_5678_9ABC], dtype=torch.int64, device=device)
@@ -450,8 +529,9 @@ class AttentionCase:
                 base, slots = pattern.crow_indices[:, 0].long()[head_map.long()], pattern.num_blocks
             else:
                 base, slots = own_slots(pattern, head_map)
-                samples = max(self.batch, 1) if head_map.shape[0] == 1 else 1
-            kwargs["bias"] = make.normal(samples, slots, *pattern.block_size)
+                samples = max(self.patterns, 1) if head_map.shape[0] == 1 else 1
+            bias = make.normal(samples, slots, *pattern.block_size)
+            kwargs["bias"] = bias * self.bias_factor + self.bias_shift
             kwargs["bias_base"] = base
         return Call((q, k, v, pattern, head_map), kwargs), make
 
@@ -603,6 +683,8 @@ ATTENTION_CASES = [
         bias="own",
         queries=41,
     ),
+    # in rows before the first query, which nobody reads, exp of it is infinite
+    AttentionCase("large_bias", CAUSAL_50, queries=13, bias="own", bias_factor=40.0, small=True),
     AttentionCase("dropout", CAUSAL_50, batch=2, dropout=0.3, small=True),
     AttentionCase(
         "dropout_64", Stored((200, 150), (64, 64)), 2, dropout=0.1, head_dim=64, queries=77
@@ -632,6 +714,215 @@ ATTENTION_CASES = [
     AttentionCase("block24", Stored((100, 90), (24, 24), counts=True), queries=59, dropout=0.2),
 ]
 
+CAUSAL_70 = Stored((70, 70), (16, 16), blocks="causal")
+# self-attention, a chunk after 23 keys, none, no keys, one query, queries before the first key
+MANY = ((50, 50), (19, 42), (0, 0), (7, 0), (1, 33), (60, 48), (0, 5))
+ALL_OF_THREE = (MANY[0], MANY[1], MANY[5])
+
+SEQUENCE_CASES = [
+    AttentionCase("packed", CAUSAL_70, sequences=packed(*MANY), how=TOKENS_FIRST, small=True),
+    AttentionCase(
+        "packed_gaps",
+        Stored((90, 90), (32, 32), 2, tiles=True),
+        heads=4,
+        kv_heads=2,
+        heads_read="kv",
+        sequences=packed(*MANY, gap=3),
+        small=True,
+    ),
+    AttentionCase(
+        "packed_64",
+        Stored((300, 300), (64, 64), 4, blocks="gaps", tiles=True),
+        heads=4,
+        kv_heads=1,
+        heads_read="own",
+        head_dim=64,
+        sequences=packed((300, 300), (3, 5), (100, 290), (64, 64), *((1, n) for n in range(40))),
+    ),
+    AttentionCase(
+        "packed_full",
+        Stored((150, 150), (32, 32), blocks="all"),
+        heads=1,
+        head_dim=16,
+        sequences=packed(*ALL_OF_THREE),
+        small=True,
+    ),
+    AttentionCase(
+        "packed_pattern_by_sample",
+        Stored((64, 64), (16, 16), 3, tiles=True, counts=True),
+        heads_read="sample",
+        sequences=packed((40, 40), (9, 64), (64, 64), (0, 0)),
+        small=True,
+    ),
+    AttentionCase(
+        "packed_rectangular",
+        Stored((128, 96), (16, 32), 2, tiles=True),
+        heads_read="own",
+        how=STRIDED,
+        sequences=packed((80, 90), (33, 60), (96, 96)),
+    ),
+    AttentionCase(
+        "packed_64x16",
+        Stored((200, 180), (64, 16), 2),
+        heads_read="own",
+        head_dim=64,
+        sequences=packed((150, 170), (33, 60)),
+    ),
+    AttentionCase(
+        "packed_decoding",
+        Stored((200, 200), (16, 16), 2, tiles=True),
+        heads=4,
+        kv_heads=2,
+        heads_read="kv",
+        sequences=packed((1, 200), (1, 1), (1, 17), (0, 30), (1, 64), (2, 130)),
+        small=True,
+    ),
+    AttentionCase("one_sequence", CAUSAL_70, sequences=packed((33, 57)), dlse=False, small=True),
+    AttentionCase("no_sequence", CAUSAL_70, sequences=packed(gap=5), bias="shared", small=True),
+    AttentionCase("packed_no_rows", CAUSAL_70, sequences=packed((0, 0), (0, 0)), small=True),
+    AttentionCase("packed_no_keys", CAUSAL_70, sequences=packed((5, 0), (3, 0)), small=True),
+    AttentionCase(
+        "packed_no_block", Stored((64, 64), (16, 16), blocks="none"), sequences=packed((30, 40))
+    ),
+    AttentionCase(
+        "packed_head_size_128",
+        Stored((300, 300), (128, 128), tiles=True),
+        heads=1,
+        head_dim=128,
+        sequences=packed((130, 290), (140, 140)),
+    ),
+    AttentionCase(
+        "packed_head_size_256",
+        Stored((140, 140), (64, 64), blocks="causal"),
+        heads=1,
+        head_dim=256,
+        sequences=packed((30, 140), (100, 100)),
+    ),
+    AttentionCase(
+        "packed_head_size_80_40",
+        Stored((90, 90), (32, 32)),
+        head_dim=80,
+        value_dim=40,
+        sequences=packed((30, 90), (61, 61)),
+    ),
+    AttentionCase(
+        "packed_bias",
+        CAUSAL_70,
+        bias="shared",
+        sequences=packed((50, 50), (19, 42), (60, 48)),
+        small=True,
+    ),
+    # next to these scores a key that is not there, whose score is 0, would be infinitely probable
+    AttentionCase(
+        "packed_low_scores",
+        Stored((80, 80), (32, 32), blocks="all"),
+        heads=1,
+        head_dim=16,
+        bias="own",
+        bias_shift=-200.0,
+        sequences=packed((50, 50), (19, 42)),
+        small=True,
+    ),
+    AttentionCase(
+        "packed_large_bias",
+        CAUSAL_70,
+        bias="own",
+        bias_factor=40.0,
+        sequences=packed((50, 50), (19, 42)),
+        small=True,
+    ),
+    AttentionCase(
+        "packed_everything",
+        Stored((118, 128), (32, 64), 3, tiles=True, counts=True),
+        heads=4,
+        kv_heads=2,
+        head_dim=48,
+        heads_read="sample",
+        bias="own",
+        dropout=0.25,
+        how=STRIDED,
+        sequences=packed((95, 118), (20, 70), (64, 64), gap=1),
+        small=True,
+    ),
+    AttentionCase(
+        "padded", CAUSAL_70, how=TOKENS_FIRST, sequences=padded(*MANY, rows=(65, 60)), small=True
+    ),
+    AttentionCase(
+        "left_padded",
+        Stored((80, 80), (32, 32), 2, tiles=True),
+        heads_read="own",
+        sequences=padded((75, 75), (75, 40), (75, 1), (75, 0), rows=(75, 75), left=True),
+        small=True,
+    ),
+    AttentionCase(
+        "padded_64",
+        Stored((300, 300), (64, 64), 3, tiles=True),
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        heads_read="sample",
+        sequences=padded((101, 270), (77, 77), (1, 300), (150, 160), rows=(150, 333), left=True),
+    ),
+    AttentionCase(
+        "padded_own_bias",
+        Stored((130, 130), (64, 64), 2, tiles=True),
+        heads=4,
+        kv_heads=2,
+        heads_read="own",
+        bias="own",
+        sequences=padded((130, 130), (60, 100), (100, 60), rows=(130, 140)),
+    ),
+    AttentionCase(
+        "padded_dropout",
+        Stored((150, 150), (64, 64)),
+        head_dim=64,
+        dropout=0.1,
+        sequences=padded((77, 140), (150, 150), (20, 20), rows=(150, 150)),
+    ),
+    AttentionCase("padded_decoding", CAUSAL_70, sequences=padded(*MANY[4:5] * 3, rows=(1, 64))),
+    AttentionCase("no_sample", CAUSAL_70, sequences=padded(rows=(5, 7)), small=True),
+    # longer than the pattern, and what no tensor has room for
+    AttentionCase(
+        "beyond_the_pattern",
+        Stored((50, 40), (16, 16), tiles=True),
+        sequences=packed((45, 45), (20, 70), (70, 70), (5, 200)),
+        small=True,
+    ),
+    AttentionCase(
+        "packed_out_of_bounds",
+        CAUSAL_70,
+        sequences=Lying(
+            ((0, 30, -9, 30), (30, -4, 30, 20), (34, 2**31 - 1, 31, 2**31 - 1), (99, 9, 999, 9)),
+            (60, 64),
+            True,
+        ),
+        small=True,
+    ),
+    AttentionCase(
+        "padded_out_of_bounds",
+        CAUSAL_70,
+        sequences=Lying(
+            ((None, 99, -3, 99), (None, -1, 5, 10), (None, 20, 70, 10), (None, 20, 30, -(2**31))),
+            (45, 64),
+            False,
+        ),
+        small=True,
+    ),
+    AttentionCase(
+        "sequences_block5",
+        Stored((41, 41), (5, 5), 2, tiles=True),
+        heads_read="own",
+        dropout=0.2,
+        bias="own",
+        sequences=packed((33, 41), (10, 12)),
+    ),
+    AttentionCase(
+        "sequences_block24",
+        Stored((100, 100), (24, 24), counts=True),
+        sequences=padded((59, 90), (3, 100), (50, 50), rows=(60, 100)),
+    ),
+]
+
 
 OPS: dict[str, list[Case]] = {
     "block_matmul": [c.case("block_matmul", build_block_matmul) for c in BLOCK_CASES],
@@ -640,8 +931,10 @@ OPS: dict[str, list[Case]] = {
     "block_softmax_backward": [
         c.case("block_softmax_backward", build_block_softmax_backward) for c in SOFTMAX_CASES
     ],
-    "block_attention": [c.case("block_attention") for c in ATTENTION_CASES],
-    "block_attention_backward": [c.case("block_attention_backward") for c in ATTENTION_CASES],
+    **{
+        op: [c.case(op) for c in (*ATTENTION_CASES, *SEQUENCE_CASES)]
+        for op in ("block_attention", "block_attention_backward")
+    },
 }
 # in each some entries are zero by definition, and the operands are neither few nor tiny
 EXAMPLES = {op: "transposed" if op.startswith("block_attention") else "partial" for op in OPS}

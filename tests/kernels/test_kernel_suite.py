@@ -36,9 +36,15 @@ MARKS = {
 
 
 # those of every op that are run several times, for equal bits
-REPEATED = {"block64", "partial_counts", "one_kv_head", "bias_by_sample", "everything"}.union(
-    *(family.EXAMPLES.values() for family in families())
-)
+REPEATED = {
+    "block64",
+    "partial_counts",
+    "one_kv_head",
+    "bias_by_sample",
+    "everything",
+    "packed_64",
+    "packed_everything",
+}.union(*(family.EXAMPLES.values() for family in families()))
 
 
 def rows() -> list[Kernel]:

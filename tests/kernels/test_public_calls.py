@@ -145,6 +145,59 @@ def biased_attention_lse(like: Tensor) -> Example:
     return Example([q, k, bias], sparse, dense, normal(1, 2, 200, like=accumulator))
 
 
+def packed_attention(like: Tensor) -> Example:
+    """Sequences one after another, one of them a chunk whose past the block does not divide."""
+    mask = sl.local_stride(
+        200, block_size=32, local_blocks=2, vert_stride=3, num_heads=4, device=like.device
+    )
+    stored = mask.to_dense()
+    queries, keys = (200, 50, 0, 1, 37), (200, 87, 0, 65, 37)
+    ends = [
+        torch.tensor([0, *lengths], device=like.device).cumsum(0) for lengths in (queries, keys)
+    ]
+
+    def sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sl.attention(q, k, v, mask, cu_seqlens_q=ends[0], cu_seqlens_k=ends[1])
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outs = []
+        for rows, *kv in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
+            own = stored[:, : len(kv[0]), : len(kv[0])][:, len(kv[0]) - len(rows) :]
+            heads = (t.transpose(0, 1)[None] for t in (rows, *kv))
+            out = F.scaled_dot_product_attention(*heads, attn_mask=own, enable_gqa=True)
+            outs.append(out[0].transpose(0, 1))
+        return torch.cat(outs)
+
+    q, k, v = (normal(n, h, 48, like=like) for n, h in ((288, 4), (389, 2), (389, 2)))
+    return Example([q, k, v], sparse, dense, normal(288, 4, 48, like=like))
+
+
+def padded_attention(like: Tensor) -> Example:
+    """Keys padded from the left, queries from the right."""
+    mask = sl.sliding_window(128, block_size=64, window=70, device=like.device)
+    stored = mask.to_dense()
+    lengths = {"q_lens": (100, 9, 60), "kv_lens": (120, 128, 60), "kv_starts": (10, 2, 70)}
+    given = {
+        name: torch.tensor(numbers, dtype=torch.int32, device=like.device)
+        for name, numbers in lengths.items()
+    }
+
+    def sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sl.attention(q, k, v, mask, **given)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outs = []
+        for b, (rows, keys, start) in enumerate(zip(*lengths.values(), strict=True)):
+            kv = (t[b, :, start : start + keys] for t in (k, v))
+            own = stored[:keys, :keys][keys - rows :]
+            out = F.scaled_dot_product_attention(q[b, :, :rows], *kv, attn_mask=own)
+            outs.append(F.pad(out, (0, 0, 0, q.shape[2] - rows)))
+        return torch.stack(outs)
+
+    q, k, v = (normal(3, 2, n, 64, like=like) for n in (100, 130, 130))
+    return Example([q, k, v], sparse, dense, normal(3, 2, 100, 64, like=like))
+
+
 EXAMPLES = [
     matmul,
     batched_matmul_from_the_right,
@@ -154,6 +207,8 @@ EXAMPLES = [
     scaled_dot_product_attention,
     attention,
     biased_attention_lse,
+    packed_attention,
+    padded_attention,
 ]
 examples = pytest.mark.parametrize("make", EXAMPLES, ids=lambda make: make.__name__)
 

@@ -14,17 +14,40 @@ from torch import Tensor
 
 from sparse_layouts.block_pattern import BlockPattern, dense_counts, unpack_tiles
 from sparse_layouts.kernels.block_attention import reference as attention
+from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_matmul.reference import block_matmul, densify
 from sparse_layouts.kernels.block_softmax.reference import block_softmax, block_softmax_backward
 from sparse_layouts.kernels.sddmm.reference import sddmm
-from tests.kernels.accuracy import Arithmetic, as_results, dense_block_attention_backward
-from tests.kernels.cases import OPS, Call, Case, Stored, make_pattern, random_source
+from tests.kernels.accuracy import (
+    Arithmetic,
+    as_results,
+    dense_block_attention,
+    dense_block_attention_backward,
+)
+from tests.kernels.cases import (
+    OPS,
+    SEQUENCE_CASES,
+    Call,
+    Case,
+    Stored,
+    make_pattern,
+    random_source,
+)
 from tests.rounding import assert_close
+
+OF_SEQUENCES = {case.name for case in SEQUENCE_CASES}
 
 
 def cases(op: str) -> pytest.MarkDecorator:
     """Over the cases of an op that have no NaN in them."""
-    chosen = [pytest.param(c, id=c.name) for c in OPS[op] if c.name != "unread_nan"]
+    without = {"unread_nan", *OF_SEQUENCES}
+    chosen = [pytest.param(c, id=c.name) for c in OPS[op] if c.name not in without]
+    return pytest.mark.parametrize("case", chosen)
+
+
+def sequence_cases(op: str) -> pytest.MarkDecorator:
+    """Over the cases of several sequences, with NaN wherever none of them lies."""
+    chosen = [pytest.param(c, id=c.name) for c in OPS[op] if c.name in OF_SEQUENCES]
     return pytest.mark.parametrize("case", chosen)
 
 
@@ -206,6 +229,46 @@ def test_block_attention_backward_is_the_gradient_of_sdpa(name: str) -> None:
     got = attention.block_attention_backward(*call.args, **call.kwargs)
     for a, b in zip(got[:3], expected, strict=True):
         assert_close(a, b)
+
+
+@sequence_cases("block_attention")
+def test_block_attention_of_sequences_is_that_of_each(case: Case) -> None:
+    call = in_double(case)
+    out, lse = attention.block_attention(*call.args, **call.kwargs)
+    arithmetic = Arithmetic(torch.float64, torch.float64)
+    expected, expected_lse = dense_block_attention(arithmetic, *call.args, **call.kwargs)
+    assert expected is not None
+    assert expected_lse is not None
+    assert bool(expected.isfinite().all())
+    assert_close(out, expected)
+    assert_close(lse, expected_lse)
+
+
+@sequence_cases("block_attention_backward")
+def test_block_attention_backward_of_sequences_is_that_of_each(case: Case) -> None:
+    call = in_double(case)
+    got = attention.block_attention_backward(*call.args, **call.kwargs)
+    arithmetic = Arithmetic(torch.float64, torch.float64)
+    formula = dense_block_attention_backward(arithmetic, *call.args, **call.kwargs)
+    for a, b in zip(got, formula, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert bool(b.isfinite().all())
+            assert_close(a, b)
+
+
+def test_sequences_that_fill_a_batch_are_the_plain_batch() -> None:
+    """`sequences` adds nothing where every sample is a sequence as long as a square pattern."""
+    case = next(c for c in OPS["block_attention"] if c.name == "causal")
+    q, k, v, pattern, head_map = in_double(case).args
+    lens = torch.full((q.shape[0],), pattern.shape[0], dtype=torch.int32)
+    expected = attention.block_attention(q, k, v, pattern, head_map, scale=0.3)
+    for starts in (None, torch.zeros_like(lens)):
+        found = attention.block_attention(
+            q, k, v, pattern, head_map, scale=0.3, sequences=Sequences(starts, lens, starts, lens)
+        )
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_references_differentiate() -> None:

@@ -16,7 +16,7 @@ from sparse_layouts.command_line import demo, demo_report
 from sparse_layouts.command_line.demo import Comparison, Result
 from sparse_layouts.measuring import (
     Timing,
-    dense_causal_attention,
+    dense_attention,
     interleaved,
     relative_error,
 )
@@ -163,11 +163,27 @@ def test_dense_attention_in_slices_is_dense_attention() -> None:
     q, k, v, dout = (torch.randn(1, 2, 100, 8, dtype=torch.float64) for _ in range(4))
     mask = sl.local_stride(100, block_size=16, local_blocks=2, vert_stride=2, num_heads=2)
     dense = mask.to_dense()
-    sliced = dense_causal_attention(
-        q, k, v, lambda start, stop: dense[:, start:stop], dout, rows_at_once=33
+    sliced = dense_attention(
+        q, k, v, lambda start, stop: dense[:, start:stop], dout, causal=True, rows_at_once=33
     )
     leaves = [t.requires_grad_() for t in (q, k, v)]
     out = F.scaled_dot_product_attention(*leaves, attn_mask=dense)
+    whole = (out, *torch.autograd.grad(out, leaves, dout))
+    for found, expected in zip(sliced, whole, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_dense_attention_counts_entries_and_shares_kv_heads() -> None:
+    q, dout = (torch.randn(2, 4, 64, 8, dtype=torch.float64) for _ in range(2))
+    k, v = (torch.randn(2, 2, 64, 8, dtype=torch.float64) for _ in range(2))
+    counts = torch.randint(0, 3, (4, 64, 64)) + torch.eye(64, dtype=torch.long)
+    sliced = dense_attention(
+        q, k, v, lambda start, stop: counts[:, start:stop], dout, causal=False, rows_at_once=24
+    )
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    scores = q @ k.repeat_interleave(2, 1).mT / 8**0.5
+    weights = counts * (scores - scores.amax(-1, keepdim=True)).exp()
+    out = (weights / weights.sum(-1, keepdim=True)) @ v.repeat_interleave(2, 1)
     whole = (out, *torch.autograd.grad(out, leaves, dout))
     for found, expected in zip(sliced, whole, strict=True):
         torch.testing.assert_close(found, expected)
