@@ -32,12 +32,16 @@ class Result(NamedTuple):
     notes: tuple[str, ...]
     where: str
     file: str
+    share: float | None = None
+    share_of: str = ""
 
     @property
     def of_ceiling(self) -> float | None:
-        """The share of the ceiling's rate that the stored part of the work ran at."""
+        """The share of the ceiling's rate that the stored part of the work ran at; where a row has
+        another measure of that (`share_of`), this.
+        """
         if not self.flops or not self.ceiling_flops:
-            return None
+            return self.share
         return self.flops / self.ceiling_flops
 
     @property
@@ -124,6 +128,8 @@ def _row(row: dict[str, Any], where: str, file: str) -> Result | None:
         tuple(row.get("notes", ())),
         where,
         file,
+        row.get("share"),
+        str(row.get("share_of") or ""),
     )
 
 

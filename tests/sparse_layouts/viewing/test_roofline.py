@@ -55,6 +55,13 @@ def test_rows_are_read_by_field(tmp_path: Path) -> None:
     assert (last.over_dense, last.of_ceiling) == (None, None)
 
 
+def test_another_measure_of_the_ceiling(tmp_path: Path) -> None:
+    (only,) = read_results(
+        written(tmp_path, row("x", ceiling_flops=None, share=0.7, share_of="cuDNN"))
+    )
+    assert (only.of_ceiling, only.share_of) == (0.7, "cuDNN")
+
+
 def test_a_gpu_is_where_the_results_are_from(tmp_path: Path) -> None:
     devices = [{"device": "cpu", "name": "A CPU"}, {"device": "cuda:0", "name": "A GPU"}]
     (only,) = read_results(written(tmp_path, row("x"), devices=devices))
