@@ -109,7 +109,8 @@ def overview(argument: str) -> str:
 
 def _result_cells(row: Result) -> list[str]:
     seconds = row.seconds or 0.0
-    time = f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+    scale, unit = (1e3, "ms") if seconds >= 1e-3 else (1e6, "us")
+    time = f"{seconds * scale:.3g}&nbsp;{unit}"
     against = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in row.ratios.items())
     return [
         row.name,

@@ -440,12 +440,16 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return "\n".join(folded(self.one_line(), terminal_width(), "    "))
+
+    def one_line(self) -> str:
+        """The repr on one line, however wide the terminal: for messages and logs."""
         shape = ", ".join(map(str, self.shape))
         dtype = str(self.dtype).removeprefix("torch.")
         text = f"{type(self).__name__}([{shape}], {dtype}, {self.device}"
         details = "".join(f", {line}" for line in self.describe())
         grad = ", requires_grad" if self.requires_grad else ""
-        return "\n".join(folded(text + details + grad + ")", terminal_width(), "    "))
+        return text + details + grad + ")"
 
     def _repr_html_(self) -> str:
         from sparse_layouts.viewing.representation import as_html

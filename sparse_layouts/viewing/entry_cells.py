@@ -8,7 +8,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sparse_layouts.block_values import entries_per_pattern
+from sparse_layouts.block_pattern import expand_heads
+from sparse_layouts.block_values import (
+    block_entries,
+    entries_per_pattern,
+    slots_in_row_order,
+    special_blocks,
+)
 from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.entry_lists import Entries, lead_of, picked
 from sparse_layouts.layout_tensor import LayoutTensor
@@ -85,6 +91,44 @@ def grids(
         own = None if weight is None else weight[low:high]
         total = stored if own is None else np.bincount(place, own, size).reshape(shape)
         found.append(Grid(stored, areas, total))
+    return found
+
+
+def block_grids(
+    layout: BSRTensor, patterns: list[int], group: tuple[int, int], show: str
+) -> list[Grid]:
+    """The same from whole blocks, several to a cell, for what is too much to be listed: `show` is
+    "pattern", "count" (a block's weight is how often it counts) or "magnitude" (the sum of its
+    values' magnitudes, their mean over a batch). Time and memory are those of the blocks.
+    """
+    p = expand_heads(layout.block_pattern) if show == "magnitude" else layout.block_pattern
+    (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
+    entries = np.full(p.num_blocks, bm * bn)
+    special = special_blocks(p)
+    entries[special] = block_entries(p, special)[2]
+    slots = slots_in_row_order(p)
+    weight = entries
+    if show == "count":
+        assert p.block_counts is not None
+        weight = entries * p.block_counts[slots].cpu().numpy()
+    elif show == "magnitude":
+        values = layout.stored_values
+        assert values is not None
+        with torch.no_grad():
+            sums = values.detach().abs().sum((-2, -1), dtype=torch.float64)
+            sums = sums.reshape(-1, p.num_blocks).mean(0)[slots]
+        weight = sums.cpu().numpy()
+    crow, columns = p.crow_indices.cpu().numpy(), p.col_indices.cpu().numpy()
+    shape = (-(-mb // group[0]), -(-nb // group[1]))
+    areas = np.outer(_lengths(m, group[0] * bm), _lengths(n, group[1] * bn))
+    found = []
+    for which in patterns:
+        here = slice(int(crow[which, 0]), int(crow[which, -1]))
+        rows = np.repeat(np.arange(mb) // group[0], np.diff(crow[which]))
+        place = rows * shape[1] + columns[here] // group[1]
+        size = shape[0] * shape[1]
+        stored = np.bincount(place, entries[here], size).reshape(shape)
+        found.append(Grid(stored, areas, np.bincount(place, weight[here], size).reshape(shape)))
     return found
 
 

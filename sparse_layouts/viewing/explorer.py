@@ -98,7 +98,7 @@ class Explorer:
 
     def save(self, path: str | Path, *, measured: bool = False) -> Path:
         """Writes a page that works without Python and loads nothing from elsewhere; with
-        `measured`, every state of it is timed first, which takes a minute.
+        `measured`, every state of it is timed first, which takes a minute or two.
         """
         from sparse_layouts.viewing.explorer_page import page
 

@@ -52,14 +52,14 @@ def plot(
     "count" where a block counts more than once, "groups" for n:m layouts, else "pattern".
     A panel is a different head, `max_panels` of them, or those that `heads` names, counted along
     the flattened leading dimensions. Cells are entries where there are up to `max_cells` rows and
-    columns, else several of them; a mask of many blocks is drawn in whole blocks and a huge one
-    from part of its rows, and a line below the panels says so. Axes count tokens (of a mask) or
-    rows and columns. `causal_edge` draws the line that a causal mask ends at; the default is to
-    draw it for causal masks.
+    columns, else several of them; what stores more than four million entries is drawn in whole
+    blocks, a huge pattern from part of its rows, and a line below the panels says so. Axes count
+    tokens (of a mask) or rows and columns. `causal_edge` draws the line that a causal mask ends at;
+    the default is to draw it for causal masks.
 
     Raises `ModuleNotFoundError` that names the pip command without matplotlib, `TypeError` for what
     is no layout, `ValueError` for an unknown `show` or one that the layout has nothing for, heads
-    out of range, and magnitudes of more than four million entries.
+    out of range, and magnitudes of more than four million single entries.
 
     >>> import torch, sparse_layouts as sl
     >>> from sparse_layouts.viewing.plots import plot
@@ -137,37 +137,44 @@ def _drawing(
     layout: LayoutTensor, show: str, heads: list[int] | None, max_panels: int, max_cells: int
 ) -> Drawing:
     listed = entry_cells.listed_entries(layout)
-    if listed > entry_cells.MOST_ENTRIES:
-        if show != "pattern" or heads is not None:
-            raise ValueError(
-                f"plot: {show if heads is None else 'chosen heads'} of up to "
-                f"{entry_cells.MOST_ENTRIES} stored entries can be drawn, here are {listed}; "
-                "draw a slice, such as w[:4096, :4096], or the pattern of all heads"
-            )
+    many = listed > entry_cells.MOST_ENTRIES
+    if many and not isinstance(layout, BSRTensor) and show != "pattern":
+        raise ValueError(
+            f"plot: {show}s of up to {entry_cells.MOST_ENTRIES} stored entries of a "
+            f"{type(layout).__name__} can be drawn, here are {listed}; draw a slice, such as "
+            "w[:4096, :4096], or show='pattern'"
+        )
+    if many and show == "pattern" and heads is None:
         return _drawing_of_many(layout, max_panels, max_cells)
     names, patterns, left_out = _panels_of(layout, heads, max_panels)
-    entries = entries_of(layout)
-    m, n = entries.shape
-    cell = (group_of(m, max_cells), group_of(n, max_cells))
-    weight: np.ndarray | None = None
-    if show == "magnitude":
-        weight = entry_cells.magnitudes(layout, entries)
-    elif show == "count":
+    m, n = layout.matrix_shape
+    if many:
         assert isinstance(layout, BSRTensor)
-        weight = entry_cells.counts(layout, entries)
-    made = entry_cells.grids(entries, patterns, cell, weight)
-    unit = "" if cell == (1, 1) else f"a cell is {cell[0]} x {cell[1]} entries"
+        grid, of = layout.block_pattern.grid, "blocks"
+        cell = (group_of(grid[0], max_cells), group_of(grid[1], max_cells))
+        made = entry_cells.block_grids(layout, patterns, cell, show)
+    else:
+        entries, weight, of = entries_of(layout), None, "entries"
+        cell = (group_of(m, max_cells), group_of(n, max_cells))
+        if show == "magnitude":
+            weight = entry_cells.magnitudes(layout, entries)
+        elif show == "count":
+            assert isinstance(layout, BSRTensor)
+            weight = entry_cells.counts(layout, entries)
+        made = entry_cells.grids(entries, patterns, cell, weight)
+    unit = "" if (cell, of) == ((1, 1), "entries") else f"a cell is {cell[0]} x {cell[1]} {of}"
     said = "; ".join(each for each in (unit, left_out) if each)
     if show == "pattern":
-        cells = [_shares(grid.stored, grid.entries) for grid in made]
+        cells = [_shares(each.stored, each.entries) for each in made]
         return Drawing(names, cells, (m, n), _shade(cells), "stored share of a cell", said)
-    cells = [grid.mean_weight for grid in made]
+    cells = [each.mean_weight for each in made]
+    finite = [c for c in cells if np.isfinite(c).any()]
+    most = max((float(np.nanmax(c)) for c in finite), default=1.0)
     if show == "magnitude":
-        top = max((float(np.nanmax(c)) for c in cells if np.isfinite(c).any()), default=1.0)
-        how = {"cmap": figures.VALUE_MAP, "vmin": 0.0, "vmax": top or 1.0}
+        how = {"cmap": figures.VALUE_MAP, "vmin": 0.0, "vmax": most or 1.0}
         return Drawing(names, cells, (m, n), how, "mean magnitude of stored entries", said)
-    most = max((math.ceil(np.nanmax(c)) for c in cells if np.isfinite(c).any()), default=1)
-    return Drawing(names, cells, (m, n), _numbered(1, most), "times a block counts", said)
+    how = _numbered(1, math.ceil(most))
+    return Drawing(names, cells, (m, n), how, "times a block counts", said)
 
 
 def _drawing_of_groups(layout: Any) -> Drawing:

@@ -130,8 +130,38 @@ def test_a_huge_mask_is_drawn_reduced_with_a_note() -> None:
     mask = sl.local_stride(65536, block_size=16, local_blocks=16, vert_stride=8, num_heads=8)
     figure = mask.plot(max_cells=64)
     assert "a cell is 64 x 64 blocks; drawn from" in figure.get_supxlabel()
-    with pytest.raises(ValueError, match="chosen heads of up to 4194304 stored entries can be"):
-        mask.plot(heads=0)
+    counted = sl.bigbird(32768, num_heads=2, source="hf-eval").plot(max_cells=64)
+    assert "a cell is 8 x 8 blocks" in counted.get_supxlabel()
+    assert counted.axes[-1].get_ylabel() == "times a block counts"
+
+
+@pytest.mark.parametrize("show", ["pattern", "magnitude", "count"])
+def test_in_whole_blocks_it_is_the_same(show: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is too much to be listed is drawn from blocks; cells of whole blocks show the same."""
+    counts = torch.randint(0, 4, (2, 12, 12)).tril()
+    layout: sl.LayoutTensor = sl.bsr_mask(counts, 8, causal=True, shape=(93, 93))
+    if show == "magnitude":
+        layout = torch.randn(3, 2, 93, 93).sparse_mask(layout)
+    from sparse_layouts.viewing import entry_cells
+
+    whole = shown(layout.plot(show=show, heads=[1, 0], max_cells=6))  # cells of 16 entries
+    monkeypatch.setattr(entry_cells, "MOST_ENTRIES", 0)
+    blocks = shown(layout.plot(show=show, heads=[1, 0], max_cells=6))  # of 2 blocks
+    assert len(whole) == len(blocks) == 2
+    for one, other in zip(whole, blocks, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_magnitudes_of_too_many_single_entries_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sparse_layouts.viewing import entry_cells
+
+    monkeypatch.setattr(entry_cells, "MOST_ENTRIES", 100)
+    w = sl.csr(images.weights(), keep=sl.Magnitude(0.5))
+    assert "a cell is" in w.plot(max_cells=16).get_supxlabel()  # the pattern is not
+    with pytest.raises(ValueError, match=r"here are 3072; draw a slice, such as w\[:4096, :4096\]"):
+        w.plot(show="magnitude")
 
 
 def test_nothing_stored_and_nothing_at_all() -> None:

@@ -93,7 +93,8 @@ def test_every_text_fits_a_terminal(
     for width in (60, 80, 200):
         monkeypatch.setenv("COLUMNS", str(width))
         assert max(map(len, repr(layout).splitlines())) <= width
-    assert "\n" not in repr(layout) or width < len(repr(layout).replace("\n    ", " "))
+    assert "\n" not in layout.one_line()
+    assert "".join(repr(layout).split()) == "".join(layout.one_line().split())
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -172,3 +173,12 @@ def test_values_that_need_gradients_say_so() -> None:
     w = sl.bsr(torch.randn(64, 64), 16).requires_grad_()
     assert ("requires_grad", "True") in facts(w)
     assert "<svg" in (w * 2)._repr_html_()  # part of a graph
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LARGE)
+def test_a_layout_on_a_gpu_shows_the_same(name: str) -> None:
+    layout = LARGE[name]()
+    there = layout.to("cuda")
+    assert there._repr_html_().partition("<svg")[2] == layout._repr_html_().partition("<svg")[2]
+    assert dict(facts(there))["density"] == dict(facts(layout))["density"]
