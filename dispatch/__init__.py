@@ -14,6 +14,7 @@ from sparse_layouts.dispatch.fallback import (
 from sparse_layouts.dispatch.kernel_table import (
     Facts,
     Kernel,
+    capability_of,
     choose,
     facts_of,
     kernel,
@@ -44,6 +45,7 @@ __all__ = [
     "current",
     "dense_bytes",
     "explain",
+    "capability_of",
     "facts_of",
     "fall_back",
     "fallback",

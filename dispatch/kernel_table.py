@@ -32,7 +32,8 @@ class Facts(NamedTuple):
     (the largest power of two up to 64 that divides both sizes of the layout's matrix).
     `cusparselt`: whether torch has that library, False off CUDA. `deterministic`: whether
     `torch.use_deterministic_algorithms` is set, told only by ops that have a kernel without that
-    promise.
+    promise. Of attention: whether there is a `bias`, whether its operands are sequences of several
+    `lengths`, and whether Hopper's copy engine can read q, k and v (`tma`; False off Hopper).
     """
 
     device: str
@@ -48,6 +49,9 @@ class Facts(NamedTuple):
     cusparselt: bool = False
     row_entries: int = 0
     deterministic: bool = False
+    bias: bool = False
+    lengths: bool = False
+    tma: bool = False
 
 
 Requires = Callable[[Facts], "str | None"]

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 
 class Compilation(NamedTuple):
-    """One configuration of one `@triton.jit` function.
+    """One configuration of one `@triton.jit` or `@gluon.jit` function.
 
-    Each `triton_*.py` has `compilations()`, which yields these, the most used one first.
+    A file that launches kernels has `compilations()`, which yields these, the most used one first.
     `signature` names the type of every argument (`"*bf16"`, `"i32"`, `"fp32"`, `"constexpr"`),
     `constexprs` the values of the constant ones, `options` what the launcher passes besides
-    (`num_warps`, `num_stages`). `min_capability` and
-    `max_capability`: the first and the last of 80, 90 and 100 that are launched with it.
+    (`num_warps`, `num_stages`). `min_capability` and `max_capability`: the first and the last of
+    80, 90 and 100 that are launched with it.
     """
 
     name: str
@@ -33,6 +33,8 @@ class Compilation(NamedTuple):
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
+        if self.kernel.is_gluon():
+            from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
         source = ASTSource(self.kernel, self.signature, self.constexprs)
         return triton.compile(
             source, target=GPUTarget("cuda", capability, 32), options=self.options

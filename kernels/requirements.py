@@ -67,6 +67,48 @@ def triton_attention(facts: Facts) -> str | None:
     return triton(facts) or _power_of_two_blocks(facts)
 
 
+def hopper_attention(facts: Facts) -> str | None:
+    """As `triton_attention`, in fp16 or bf16, without a bias, on a GPU of compute capability 9.0,
+    whose copy engine can read the operands.
+    """
+    reason = triton_attention(facts)
+    if reason is not None:
+        return reason
+    if facts.capability != (9, 0):
+        found = ".".join(map(str, facts.capability))
+        return f"is for compute capability 9.0 (H100, H200), found {found}"
+    if facts.dtype == torch.float32:
+        return "takes float16 and bfloat16, not torch.float32"
+    if facts.bias:
+        return "takes no bias"
+    if not facts.tma:
+        return (
+            "takes q, k and v whose last dimension is contiguous, with the other strides, the head "
+            "sizes and the addresses multiples of 16 bytes"
+        )
+    return None
+
+
+# Largest head size, padded to a power of two, whose gradients' sums two warpgroups can hold.
+HOPPER_GRADIENT_HEAD_DIM = 128
+
+
+def hopper_attention_backward(facts: Facts) -> str | None:
+    """As `hopper_attention`, for blocks whose edges are multiples of 64, head sizes up to 128 and
+    the plain batch.
+    """
+    reason = hopper_attention(facts)
+    if reason is not None:
+        return reason
+    if min(facts.block_size) < 64:
+        return f"takes blocks whose edges are at least 64, not {facts.block_size}"
+    if facts.head_dim > HOPPER_GRADIENT_HEAD_DIM:
+        return f"takes head sizes up to {HOPPER_GRADIENT_HEAD_DIM}, not {facts.head_dim}"
+    if facts.lengths:
+        return "takes no sequences of several lengths"
+    return None
+
+
 # Columns of the dense operand from which another way of reading W wins. MKL's CSR product reads W
 # once, but computes slowly: 4096 x 4096 at 2:4 in fp32, two cores of an EPYC 9004, 2026-11-21.
 MKL_COLUMNS = 32

@@ -66,7 +66,7 @@ from sparse_layouts.kernels import csr_softmax as _csr_softmax  # noqa: F401  is
 from sparse_layouts.kernels import grouped_nm as _grouped_nm  # noqa: F401  isort: skip
 from sparse_layouts.kernels import nm_matmul as _nm_matmul  # noqa: F401  isort: skip
 from sparse_layouts.kernels import nm_sddmm as _nm_sddmm  # noqa: F401  isort: skip
-from sparse_layouts.kernels.block_attention import attention  # isort: skip
+from sparse_layouts.kernels.block_attention.calls import attention  # isort: skip
 from sparse_layouts.kernels.sddmm import sddmm  # isort: skip
 
 if TYPE_CHECKING:

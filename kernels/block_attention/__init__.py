@@ -10,10 +10,9 @@ packed or padded, are an argument of every kernel (`sequences.py`).
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -22,21 +21,18 @@ from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.dispatch import (
     Facts,
-    Use,
+    capability_of,
     current,
     facts_of,
     register_kernel,
     restored,
-    route,
     run,
 )
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.block_attention import heads, reference
-from sparse_layouts.kernels.block_attention.checks import check_attention
 from sparse_layouts.kernels.block_attention.length_checks import (
     Lengths,
     check_values,
-    lengths_of,
 )
 from sparse_layouts.kernels.block_attention.sequences import (
     Sequences,
@@ -48,17 +44,47 @@ from sparse_layouts.layout_autograd import apply, differentiates, unwrapped
 
 OP, BACKWARD = "block_attention", "block_attention_backward"
 _HERE = "sparse_layouts.kernels.block_attention"
+register_kernel(OP, "hopper", f"{_HERE}.hopper_forward:{OP}", requirements.hopper_attention)
 register_kernel(OP, "triton", f"{_HERE}.triton_forward:{OP}", requirements.triton_attention)
 register_kernel(OP, "cpu", f"{_HERE}.cpu:{OP}", requirements.cpu)
+register_kernel(
+    BACKWARD,
+    "hopper",
+    f"{_HERE}.hopper_backward:{BACKWARD}",
+    requirements.hopper_attention_backward,
+)
 register_kernel(
     BACKWARD, "triton", f"{_HERE}.triton_backward:{BACKWARD}", requirements.triton_attention
 )
 register_kernel(BACKWARD, "cpu", f"{_HERE}.cpu_backward:{BACKWARD}", requirements.cpu)
 
 
-def facts(q: Tensor, v: Tensor, block_size: tuple[int, int]) -> Facts:
+def facts(
+    q: Tensor, k: Tensor, v: Tensor, block_size: tuple[int, int], *, bias: bool, lengths: bool
+) -> Facts:
     """What the choice of a kernel depends on."""
-    return facts_of(q, block_size=block_size, head_dim=max(q.shape[-1], v.shape[-1]))
+    return facts_of(
+        q,
+        block_size=block_size,
+        head_dim=max(q.shape[-1], v.shape[-1]),
+        bias=bias,
+        lengths=lengths,
+        tma=capability_of(q.device) == (9, 0) and all(map(_tma_readable, (q, k, v))),
+    )
+
+
+def _tma_readable(x: Tensor) -> bool:
+    """Whether Hopper's copy engine can read x (B, H, N, D): rows unbroken, in steps of 16 bytes."""
+    *outer, last = x.stride()
+    steps = [step for size, step in zip(x.shape, outer, strict=False) if size > 1]
+    bytes_of = x.element_size()
+    return (
+        last == 1
+        and x.shape[-1] > 0
+        and x.shape[-1] * bytes_of % 16 == 0
+        and all(step > 0 and step * bytes_of % 16 == 0 for step in steps)
+        and x.data_ptr() % 16 == 0
+    )
 
 
 def _dense_bytes(q: Tensor, k: Tensor, p: BlockPattern, sequences: Sequences | None) -> int:
@@ -69,8 +95,10 @@ def _dense_bytes(q: Tensor, k: Tensor, p: BlockPattern, sequences: Sequences | N
     return 2 * batch * q.shape[1] * rows * columns * max(4, q.element_size())
 
 
-def _check_on_cpu(q: Tensor, k: Tensor, pattern: BlockPattern, sequences: Sequences | None) -> None:
-    # in the op, so that compiled code checks too
+def check_lengths(q: Tensor, k: Tensor, pattern: BlockPattern, sequences: Sequences | None) -> None:
+    """Raises `ValueError` for lengths on the CPU that do not fit; in the op, so that compiled code
+    checks too.
+    """
     if sequences is not None and q.device.type == "cpu":
         check_values("attention", sequences, q.shape[2], k.shape[2], pattern.shape)
 
@@ -88,10 +116,10 @@ def _launch(
     *lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     sequences = sequences_of(*lengths)
-    _check_on_cpu(q, k, pattern, sequences)
+    check_lengths(q, k, pattern, sequences)
     out, lse = run(
         OP,
-        facts(q, v, pattern.block_size),
+        facts(q, k, v, pattern.block_size, bias=bias is not None, lengths=sequences is not None),
         reference.block_attention,
         _dense_bytes(q, k, pattern, sequences),
         q,
@@ -158,7 +186,7 @@ def _launch_backward(
         own = heads.own_slots(pattern, q.shape[1])
     dq, dk, dv, dbias = run(
         BACKWARD,
-        facts(q, v, pattern.block_size),
+        facts(q, k, v, pattern.block_size, bias=bias is not None, lengths=sequences is not None),
         reference.block_attention_backward,
         2 * _dense_bytes(q, k, pattern, sequences),
         dout,
@@ -293,12 +321,12 @@ def attend(
     """`(out, lse)` of checked operands, 2-D to 4-D, differentiable."""
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     shape = q.shape[:-1]
-    q, k, v = (_as_batch(t, lengths) for t in (q, k, v))
+    q, k, v = (as_batch(t, lengths) for t in (q, k, v))
     batch = (
         max(q.shape[0], k.shape[0], v.shape[0]) if min(q.shape[0], k.shape[0], v.shape[0]) else 0
     )
     q, k, v = (t if t.shape[0] == batch else t.expand(batch, *t.shape[1:]) for t in (q, k, v))
-    sequences = _sequences(q, k, lengths)
+    sequences = sequences_in(q, k, lengths)
     where = (None,) * 4 if sequences is None else sequences
     seed = None
     if dropout_p:
@@ -314,195 +342,17 @@ def attend(
     return out, lse
 
 
-def _as_batch(t: Tensor, lengths: Lengths | None) -> Tensor:
+def as_batch(t: Tensor, lengths: Lengths | None) -> Tensor:
     """An operand as (B, H, N, D), without a copy; packed ones have batch 1."""
     if lengths is not None and lengths.packed:
         t = t.transpose(0, 1)
     return t[(None,) * (4 - t.dim())]
 
 
-def _sequences(q: Tensor, k: Tensor, lengths: Lengths | None) -> Sequences | None:
+def sequences_in(q: Tensor, k: Tensor, lengths: Lengths | None) -> Sequences | None:
     """What the kernels take, of 4-D operands."""
     if lengths is None:
         return None
     if lengths.packed:
         return packed_sequences(lengths.cu_seqlens_q, lengths.cu_seqlens_k)
     return padded_sequences(q, k, max(q.shape[0], k.shape[0]), *lengths[2:])
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    device = q.device.type
-    if not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
-
-
-def _uses(q: Tensor, k: Tensor, v: Tensor, mask: BSRTensor) -> list[Use]:
-    own = facts(q, v, mask.block_size)
-    uses = [Use("forward", OP, own)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-        uses.append(Use("gradients", BACKWARD, own))
-    return uses
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BSRTensor,
-    *,
-    scale: float | None = None,
-    bias: BSRTensor | None = None,
-    dropout_p: float = 0.0,
-    return_lse: bool = False,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    q_lens: Tensor | None = None,
-    kv_lens: Tensor | None = None,
-    kv_starts: Tensor | None = None,
-) -> Any:
-    """Attention of q to the keys that `mask` stores, with what torch's
-    `scaled_dot_product_attention` has no argument for.
-
-    q (B, H, Nq, D), k (B, Hkv, Nk, D), v (B, Hkv, Nk, Dv), any strides; Hkv divides H, query head h
-    reads KV head h // (H // Hkv). Leading dimensions may be left out ((H, N, D), (N, D)). `mask`
-    (M, Nk), (H, M, Nk), (Hkv, M, Nk) or with a leading (B) or 1, M >= Nq: fewer queries than the
-    mask has rows are its last ones. `scale`: 1 / sqrt(D) by default. `bias`: a layout of scores on
-    the mask's blocks, e.g. `sl.sddmm(a, b, mask)`, added after scaling, with gradient. `dropout_p`
-    drops probabilities, by torch's generator.
-
-    Returns out (B, H, Nq, Dv) in q's dtype, with `return_lse` also the natural logsumexp (B, H,
-    Nq), fp32 (fp64 for fp64), differentiable. A query that attends to nothing gives 0 and -inf.
-    Deterministic. Raises `TypeError` and `ValueError` for operands that do not fit.
-
-    **Sequences of several lengths.** The pattern is laid over each sequence from its own first key:
-    its key c stands in column c, and its query r in row `k_len - q_len + r`, so that fewer queries
-    than keys are the last ones (a chunk of a prompt, a step of decoding) and a query before the
-    first key attends to nothing. `mask`, as above with B sequences for a pattern a sample, is as
-    long as the longest sequence and need not match the operands. Lengths are int32 or int64, on q's
-    device, and give the same results as every sequence alone:
-
-    - packed, one after another: q (Tq, H, D), k (Tk, Hkv, D), v (Tk, Hkv, Dv) with both
-      `cu_seqlens_q` and `cu_seqlens_k` (B + 1,): 0, then where each sequence ends. Returns out (Tq,
-      H, Dv), contiguous, and lse (H, Tq).
-    - padded: q, k, v as above with any of `q_lens` (B,), whose queries are a sample's first rows
-      (default: all), `kv_starts` (B,), where a sample's keys begin (left padding; default 0), and
-      `kv_lens` (B,), how many there are (default: to the end).
-
-    Rows that belong to no sequence are not read, NaN or not: they give 0 and -inf, and have zero
-    gradient. A bias lies on the pattern too. Dropout draws by sequence, head, row and column of the
-    pattern: packed and padded the same. Lengths on the CPU are checked (`ValueError` where they
-    decrease or leave the tensors or the mask); on a GPU they are not read by the host but clamped
-    to the tensors, and what lies beyond the mask is not attended to.
-
-    >>> import torch, sparse_layouts as sl
-    >>> q = k = v = torch.randn(1, 2, 100, 16)
-    >>> out, lse = sl.attention(q, k, v, sl.causal(100, block_size=32), return_lse=True)
-    >>> out.shape, lse.shape
-    (torch.Size([1, 2, 100, 16]), torch.Size([1, 2, 100]))
-    >>> q = k = v = torch.randn(130, 2, 16)  # a sequence of 100 tokens, one of 30
-    >>> ends = torch.tensor([0, 100, 130])
-    >>> mask = sl.causal(100, block_size=32)
-    >>> sl.attention(q, k, v, mask, cu_seqlens_q=ends, cu_seqlens_k=ends).shape
-    torch.Size([130, 2, 16])
-    """
-    lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, q_lens, kv_lens, kv_starts)
-    check_attention(
-        "attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale, lengths=lengths
-    )
-    q, k, v = _autocast(q, k, v)
-    if bias is not None and bias.dtype != q.dtype:
-        bias = cast(BSRTensor, bias.to(q.dtype))
-    out, lse = attend(q, k, v, mask, scale, dropout_p, bias, lengths)
-    return (out, lse) if return_lse else out
-
-
-def uses_of_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BSRTensor,
-    *,
-    scale: float | None = None,
-    bias: BSRTensor | None = None,
-    dropout_p: float = 0.0,
-    return_lse: bool = False,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    q_lens: Tensor | None = None,
-    kv_lens: Tensor | None = None,
-    kv_starts: Tensor | None = None,
-) -> list[Use]:
-    """For `sl.explain`."""
-    lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, q_lens, kv_lens, kv_starts)
-    check_attention(
-        "attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale, lengths=lengths
-    )
-    whole_q, whole_k = (_as_batch(t, lengths) for t in (q, k))
-    _check_on_cpu(whole_q, whole_k, mask.block_pattern, _sequences(whole_q, whole_k, lengths))
-    return _uses(*_autocast(q, k, v), mask)
-
-
-attention.__explain__ = uses_of_attention  # type: ignore[attr-defined]
-
-
-def uses_of_sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: BSRTensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """For `sl.explain`."""
-    if not attn_mask.is_mask:
-        return NotImplemented
-    _check_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return _uses(*_autocast(query, key, value), attn_mask)
-
-
-def _check_sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BSRTensor,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> None:
-    what = "scaled_dot_product_attention"
-    if is_causal:
-        raise ValueError(
-            f"{what}: attn_mask and is_causal=True exclude each other; make the mask causal: "
-            f"mask & sl.causal(N, block_size=...)"
-        )
-    check_attention(what, q, k, v, mask, dropout_p=dropout_p, scale=scale, exact_rows=True)
-    if not enable_gqa and q.dim() > 2 and q.shape[-3] != k.shape[-3]:
-        raise ValueError(
-            f"{what}: {q.shape[-3]} query heads and {k.shape[-3]} KV heads need enable_gqa=True"
-        )
-
-
-@route(F.scaled_dot_product_attention, attn_mask=BSRTensor, uses=uses_of_sdpa)
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: BSRTensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """SDPA with a block mask; a layout of floats is an additive mask whose missing entries are 0,
-    as dense: the fallback.
-    """
-    if not attn_mask.is_mask:
-        return NotImplemented
-    _check_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    query, key, value = _autocast(query, key, value)
-    return attend(query, key, value, attn_mask, scale, dropout_p)[0]

@@ -73,16 +73,14 @@ class BlocksInPlace:
         self.dtype, self.places, self.key_blocks = dtype, places, key_blocks
 
     def gather(self, scratch: Scratch, name: str, step: Step, bn: int) -> Tensor:
-        """A step's blocks (T, L * bn, D); 0 in rows that are no key."""
+        """A step's blocks (T, L * bn, D); the last key again in rows that are none."""
         head = step.columns.div(self.key_blocks, rounding_mode="floor")
         block = step.columns - head * self.key_blocks
         sample, first, rows = (t[block][:, None] for t in self.places)
-        offset = torch.arange(bn)
-        row = first + torch.minimum(offset, rows - 1)
+        row = first + torch.minimum(torch.arange(bn), rows - 1)
         of_sample, of_head, of_row = self.steps
         index = (sample * of_sample + head[:, None] * of_head + row * of_row).flatten()
         found = scratch.gather(name, self.rows, index, index.shape[0], -1)
-        found.index_fill_(0, (offset >= rows).flatten().nonzero()[:, 0], 0)
         found = scratch.cast(name, found, self.dtype)
         return found.view(step.tiles.shape[0], -1, self.rows.shape[1])
 

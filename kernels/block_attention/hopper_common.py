@@ -114,9 +114,7 @@ def _word(
     WORDS: gl.constexpr = (BN + 31) // 32
     if PIECE < 32:
         slot = tile * SLOTS + 2 * which
-        low = _row_word(
-            block_tiles_ptr, tiles_ptr, slot * WIDTH + sub_row, in_block, 0, BM, WORDS
-        )
+        low = _row_word(block_tiles_ptr, tiles_ptr, slot * WIDTH + sub_row, in_block, 0, BM, WORDS)
         high = _row_word(
             block_tiles_ptr, tiles_ptr, (slot + 1) * WIDTH + sub_row, in_block, 0, BM, WORDS
         )
@@ -246,42 +244,47 @@ def finish(counter_ptr):
         gl.store(counter_ptr + 1, 0)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "query_rows", "key_rows", "mask_rows"])
+@triton.jit(
+    do_not_specialize=["num_sequences", "query_rows", "key_rows", "mask_rows", "mask_columns"]
+)
 def sequence_tiles(
     q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr, table_ptr,
-    num_sequences, query_rows, key_rows, mask_rows, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    num_sequences, query_rows, key_rows, mask_rows, mask_columns,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of every sequence, 8 numbers: tiles of all before it, its first tile of rows, what to add to
-    a row of the mask for its query, its first row and the one after its last, its first key, how
-    many keys. Lengths that reach beyond the tensors or the mask are cut. One program.
+    """Of every sequence, 8 numbers: the tiles of all before it, its first tile of rows, what to add
+    to a row of the mask for its query, its first row and the one after its last, its first key, how
+    many keys. One program.
     """
     total = 0
     for first in range(0, num_sequences, BLOCK):
         b = first + tl.arange(0, BLOCK)
         inside = b < num_sequences
-        q_len = tl.load(q_lens_ptr + b, mask=inside, other=0)
-        k_len = tl.load(k_lens_ptr + b, mask=inside, other=0)
         q_start = tl.zeros([BLOCK], tl.int32)
         k_start = tl.zeros([BLOCK], tl.int32)
         if q_starts_ptr is not None:
             q_start = tl.load(q_starts_ptr + b, mask=inside, other=0)
         if k_starts_ptr is not None:
             k_start = tl.load(k_starts_ptr + b, mask=inside, other=0)
-        past = k_len - q_len
         q_start = tl.minimum(tl.maximum(q_start, 0), query_rows)
         k_start = tl.minimum(tl.maximum(k_start, 0), key_rows)
-        low = tl.maximum(past, 0)
-        high = tl.minimum(past + tl.minimum(q_len, query_rows - q_start), mask_rows)
-        tile = low // TILE
-        count = tl.where(high > low, (high + TILE - 1) // TILE - tile, 0)
+        q_len = tl.load(q_lens_ptr + b, mask=inside, other=0)
+        k_len = tl.load(k_lens_ptr + b, mask=inside, other=0)
+        q_len = tl.minimum(tl.maximum(q_len, 0), query_rows - q_start)
+        k_len = tl.minimum(tl.maximum(k_len, 0), key_rows - k_start)
+        past = k_len - q_len
+        first_row = tl.maximum(past, 0)
+        end_row = tl.maximum(tl.minimum(k_len, mask_rows), first_row)
+        tile = first_row // TILE
+        count = tl.where(end_row > first_row, (end_row + TILE - 1) // TILE - tile, 0)
         row = table_ptr + b * 8
         tl.store(row, total + tl.cumsum(count, 0) - count, mask=inside)
         tl.store(row + 1, tile, mask=inside)
         tl.store(row + 2, q_start - past, mask=inside)
-        tl.store(row + 3, low, mask=inside)
-        tl.store(row + 4, tl.maximum(high, low), mask=inside)
+        tl.store(row + 3, first_row, mask=inside)
+        tl.store(row + 4, end_row, mask=inside)
         tl.store(row + 5, k_start, mask=inside)
-        tl.store(row + 6, tl.minimum(tl.maximum(k_len, 0), key_rows - k_start), mask=inside)
+        tl.store(row + 6, tl.minimum(k_len, mask_columns), mask=inside)
         total += tl.sum(count, 0)
     tl.store(table_ptr + num_sequences * 8, total)
 
@@ -307,15 +310,16 @@ def _counter(device: torch.device, stream: int) -> Tensor:
     return torch.zeros(2, dtype=torch.int32, device=device)
 
 
-def work_counter(device: torch.device) -> Tensor:
-    """The counter that programs claim items from: 0 before a launch and, by its last program, after.
+def work_counter(device: torch.device, stream: int) -> Tensor:
+    """The counter that programs claim items from: 0 before a launch and, by its last program, too
+    after it.
 
     Launches on one stream follow each other and share it; a captured graph, which may run beside
     them, has its own.
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(2, dtype=torch.int32, device=device)
-    return _counter(device, torch.cuda.current_stream(device).cuda_stream)
+    return _counter(device, stream)
 
 
 @functools.cache
@@ -330,4 +334,3 @@ def bundle_size(samples: int, bytes_each: int, budget: int) -> int:
     """
     bundles = max(1, round(samples * bytes_each / budget))
     return max(1, -(-samples // bundles))
-

@@ -16,8 +16,8 @@ from sparse_layouts.kernels.block_attention.tile_schedule import TileSchedule
 from sparse_layouts.kernels.block_attention.triton_sequences import SEQUENCE_NAMES, SEQUENCE_SIZES
 
 MAX_HEAD_DIM = 256
-# Arguments that follow lengths or head counts: a kernel is not compiled anew where one is 1 or
-# divisible by 16.
+# Arguments that follow lengths or head counts, or that users slice: a kernel is not compiled anew
+# where one is 1 or divisible by 16.
 LENGTHS = [
     "num_queries",
     "num_keys",
@@ -28,7 +28,7 @@ LENGTHS = [
     "num_groups",
 ]
 LENGTHS += ["heads", "group", "threshold", "stride_terms", "stride_lb", "stride_lh", "stride_db"]
-LENGTHS += ["stride_dh", "num_sequences", "mask_rows", "mask_columns"]
+LENGTHS += ["stride_dh", *SEQUENCE_NAMES, *SEQUENCE_SIZES]
 
 
 class Tiles(NamedTuple):

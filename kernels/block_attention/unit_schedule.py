@@ -1,4 +1,4 @@
-"""Unit schedules: which block columns the warpgroups of a Hopper program visit, and who visits which.
+"""Unit schedules: which block columns the warpgroups of a Hopper program visit.
 
 A unit is 64 rows of the mask, what one warpgroup multiplies. The units of a group share a stream of
 tiles, gathered from stored blocks, in an order in which each unit needs one unbroken run of tiles:
@@ -30,13 +30,13 @@ class UnitSchedule(NamedTuple):
 
     field | shape | dtype | meaning
     ---|---|---|---
-    `rows` | (P, G, 16) | int32 | a group: `START` its first tile, `TILES` how many (at least one), \
+    `rows` | (P, G, 16) | int32 | a group: `START` its first tile, `TILES` how many (from 1), \
 `OFFSET` that first tile in its pattern, then by unit `UNITS` (-1: none) and the run of tiles that \
 it needs, from `RUN_BEGIN` to `RUN_END`, counted from the first
     `heaviest_first` | (P, G, 16) | int32 | the same, most tiles first
     `columns` | (T * S,) | int32 | a slot's piece of the columns; -1: nothing
-    `flags` | (T,) | int32 | two bits a unit: 0 all stored, once; 1 a mask is needed; 2 nothing stored
-    `block_tiles` | (T * S, U * sub) | int32 | by block row: -1 not stored, 0 full, t > 0 bit tile t - 1
+    `flags` | (T,) | int32 | two bits a unit: 0 all stored, once; 1 masked; 2 nothing stored
+    `block_tiles` | (T * S, U * sub) | int32 | by block row: -1 absent, 0 full, t > 0 bit tile t - 1
     `log_counts` | (T * S, U * sub) or None | fp32 | log2 of the block's count
 
     A piece is a block's width, or the tile's where that is less; `sub` block rows make a unit, or
@@ -70,7 +70,7 @@ class _Pieces(NamedTuple):
     sub_row: Tensor
     column: Tensor
     tile: Tensor
-    count: Tensor | None
+    counts: Tensor | None
 
 
 def _pieces(p: BlockPattern, piece: int) -> _Pieces:
@@ -84,7 +84,7 @@ def _pieces(p: BlockPattern, piece: int) -> _Pieces:
     rows = rows - pattern * mb
     column = p.col_indices.long()
     tile = torch.zeros_like(slots) if p.block_tiles is None else p.block_tiles.long()[slots]
-    count = None if p.block_counts is None else p.block_counts.long()[slots]
+    counts = None if p.block_counts is None else p.block_counts.long()[slots]
     unit, sub_row = rows.div(sub, rounding_mode="floor"), rows % sub
     if high * wide > 1:
         part = torch.arange(high * wide, device=p.device)
@@ -95,8 +95,8 @@ def _pieces(p: BlockPattern, piece: int) -> _Pieces:
         unit = (unit[:, None] * high + part // wide).reshape(-1)
         column = (column[:, None] * wide + part % wide).reshape(-1)
         pattern, sub_row, tile = cut(pattern), cut(sub_row), cut(tile)
-        count = None if count is None else cut(count)
-    return _Pieces(pattern, unit, sub_row, column, tile, count)
+        counts = None if counts is None else cut(counts)
+    return _Pieces(pattern, unit, sub_row, column, tile, counts)
 
 
 def _build(p: BlockPattern, units: int, tile: int, pair_by_length: bool) -> UnitSchedule:
@@ -138,9 +138,9 @@ def _build(p: BlockPattern, units: int, tile: int, pair_by_length: bool) -> Unit
     tiles[place] = pieces.tile[source].int()
     tiles = tiles.view(entries, units, sub)
     counts = None
-    if pieces.count is not None:
+    if pieces.counts is not None:
         counts = torch.ones(entries * width, dtype=torch.int32, device=device)
-        counts[place] = pieces.count[source].int()
+        counts[place] = pieces.counts[source].int()
         counts = counts.view(entries, units, sub)
 
     # what each unit needs of an entry; block rows that the matrix has not do not matter

@@ -538,8 +538,12 @@ class AttentionCase:
     def case(self, op: str) -> Case:
         """This case for the forward or the backward op."""
         build = self.build_backward if op.endswith("backward") else self.build_forward
-        head_dim = max(self.head_dim, self.value_dim or 0)
-        facts = {"block_size": self.stored.block, "head_dim": head_dim}
+        sizes = (self.head_dim, self.head_dim if self.value_dim is None else self.value_dim)
+        facts = {"block_size": self.stored.block, "head_dim": max(sizes)}
+        facts |= {"bias": self.bias is not None, "lengths": self.sequences is not None}
+        # rows of 16-bit numbers, in steps of 16 bytes
+        aligned = all(size > 0 and size % 8 == 0 for size in sizes)
+        facts["tma"] = aligned and set(self.how[:3]) <= {"plain", "heads_last"}
         return Case(self.name, build, self.small, facts)
 
 
@@ -626,6 +630,58 @@ ATTENTION_CASES = [
     ),
     AttentionCase(
         "rectangular_16x32", Stored((70, 100), (16, 32), 2), heads_read="own", small=True
+    ),
+    AttentionCase(
+        "long_lists_64",
+        Stored((1500, 1400), (64, 64), 2, tiles=True),
+        2,
+        4,
+        2,
+        heads_read="kv",
+        head_dim=128,
+        how=TOKENS_FIRST,
+    ),
+    AttentionCase(
+        "long_lists_128",
+        Stored((1500, 1500), (128, 128), 3, blocks="causal"),
+        heads=3,
+        heads_read="own",
+        head_dim=64,
+        queries=1111,
+    ),
+    AttentionCase(
+        "long_lists_16",
+        Stored((700, 650), (16, 16), 2, tiles=True),
+        2,
+        4,
+        1,
+        heads_read="sample",
+        head_dim=128,
+        queries=395,
+    ),
+    AttentionCase(
+        "long_lists_32x128",
+        Stored((600, 1300), (32, 128), 2, tiles=True, counts=True),
+        heads_read="own",
+        head_dim=64,
+    ),
+    AttentionCase(
+        "long_lists_192",
+        Stored((700, 700), (64, 64), 2, blocks="causal"),
+        heads=4,
+        kv_heads=2,
+        heads_read="kv",
+        head_dim=192,
+        value_dim=128,
+    ),
+    AttentionCase(
+        "long_dropout",
+        Stored((900, 900), (64, 64), 2, blocks="causal", counts=True),
+        heads=4,
+        kv_heads=2,
+        heads_read="kv",
+        head_dim=128,
+        dropout=0.2,
     ),
     AttentionCase("rectangular_64x16", Stored((150, 90), (64, 16)), 2, head_dim=64, queries=93),
     AttentionCase("rectangular_128x32", Stored((260, 100), (128, 32), tiles=True), head_dim=64),
@@ -769,11 +825,21 @@ SEQUENCE_CASES = [
         sequences=packed((150, 170), (33, 60)),
     ),
     AttentionCase(
+        "packed_long",
+        Stored((1100, 1100), (64, 64), 2, blocks="causal"),
+        heads=4,
+        kv_heads=2,
+        heads_read="kv",
+        head_dim=128,
+        sequences=packed((1000, 1000), (130, 700), (3, 3), (0, 0), (300, 1090), gap=5),
+    ),
+    AttentionCase(
         "packed_decoding",
         Stored((200, 200), (16, 16), 2, tiles=True),
         heads=4,
         kv_heads=2,
         heads_read="kv",
+        how=TOKENS_FIRST,
         sequences=packed((1, 200), (1, 1), (1, 17), (0, 30), (1, 64), (2, 130)),
         small=True,
     ),

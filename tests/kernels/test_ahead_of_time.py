@@ -20,8 +20,9 @@ from sparse_layouts.kernels.ahead_of_time import Compilation
 from tests.conftest import HAS_TRITON, INTERPRETED
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "kernels"
-# what kernels of several files share, and never launch themselves
-SHARED = ("triton_common", "triton_sequences")
+# files whose kernels others launch
+SHARED = ("triton_common", "triton_sequences", "hopper_common")
+PARTS = ("_kernel", "_load")
 CAPABILITIES = (80, 90, 100)
 FIRST_CAPABILITIES = (80, 90)
 # of one program: NVIDIA's CUDA programming guide, technical specifications by compute capability
@@ -30,11 +31,12 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton, which is
 
 
 def module_names() -> list[str]:
-    """Import names of all files with Triton kernels."""
-    files = sorted(file for file in FOLDER.rglob("triton_*.py") if file.stem not in SHARED)
+    """Import names of all files that launch Triton or Gluon kernels."""
+    files = sorted([*FOLDER.rglob("triton_*.py"), *FOLDER.rglob("hopper_*.py")])
     return [
         ".".join(("sparse_layouts.kernels", *file.relative_to(FOLDER).with_suffix("").parts))
         for file in files
+        if file.stem not in SHARED and not file.stem.endswith(PARTS)
     ]
 
 
@@ -156,7 +158,8 @@ def test_configurations_name_every_argument(name: str) -> None:
 
 def test_every_triton_row_is_compiled() -> None:
     modules = {row.source.partition(":")[0] for of_op in KERNELS.rows.values() for row in of_op}
-    triton_modules = {name for name in modules if name.rpartition(".")[2].startswith("triton_")}
+    own = ("triton_", "hopper_")
+    triton_modules = {name for name in modules if name.rpartition(".")[2].startswith(own)}
     assert triton_modules
     assert triton_modules <= set(module_names())
 
