@@ -61,7 +61,9 @@ def plot(argument: str) -> str:
 
 
 def _kernels(names: str) -> str:
-    return f"**{names}**" if names == DENSE else ", ".join(f"`{n}`" for n in names.split(", ") if n)
+    if names == DENSE:
+        return f"**{names}**"
+    return re.sub(r"(?:^|(?<=[,;] ))\w+", r"`\g<0>`", names)
 
 
 def operations_table(name: str) -> str:

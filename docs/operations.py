@@ -1,5 +1,5 @@
 """What each layout can do, asked of the two tables: operations, the kernels that would take them on
-a CPU and on a GPU, forward and backward.
+a CPU and on a GPU, in fp32 and bf16, forward and backward.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 # a mask of every layout, square, and small: kernels are chosen by facts, not by size
 MASKS: dict[str, Callable[[], Any]] = {
-    "BSRTensor": lambda: sl.causal(128, block_size=16),
-    "LocalStrideTensor": lambda: sl.local_stride(128, block_size=16, local_blocks=2, vert_stride=2),
-    "BigBirdTensor": lambda: sl.bigbird(128, block_size=16, source="hf-eval"),
+    "BSRTensor": lambda: sl.causal(512, block_size=64),
+    "LocalStrideTensor": lambda: sl.local_stride(512, block_size=64, local_blocks=2, vert_stride=2),
+    "BigBirdTensor": lambda: sl.bigbird(512, block_size=64, source="hf-eval"),
     "NMTensor": lambda: sl.nm(torch.randn(128, 128), 2, 4).pattern,
     "GroupedNMTensor": lambda: sl.grouped_nm(torch.randn(128, 128), 2, 4, 4).pattern,
     "CSRTensor": lambda: sl.csr(torch.eye(128)).pattern,
@@ -46,16 +46,15 @@ class Operation(NamedTuple):
     gradients_gpu: str
 
 
-def _values(mask: Any) -> Tensor:
-    return torch.ones(mask.shape).sparse_mask(mask).requires_grad_()
-
-
-def calls(mask: Any) -> dict[str, Call]:
+def calls(mask: Any, dtype: torch.dtype) -> dict[str, Call]:
     """What one does with a layout, by how it is written."""
-    w, n = _values(mask), mask.shape[-1]
-    x = torch.ones(n, 256, requires_grad=True)
-    few = torch.ones(n, 2, requires_grad=True)
-    q = torch.ones(1, 1, n, 32, requires_grad=True)
+
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=dtype)
+
+    n = mask.shape[-1]
+    w = ones(*mask.shape).sparse_mask(mask).requires_grad_()
+    x, few, q = (ones(*s).requires_grad_() for s in ((n, 256), (n, 2), (1, 1, n, 64)))
     return {
         "w @ x, 256 columns": (torch.matmul, (w, x), {}),
         "w @ x, 2 columns": (torch.matmul, (w, few), {}),
@@ -83,8 +82,13 @@ def _chosen(plans: list[OpPlan]) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def _row(written: str, said: Explanation) -> Operation:
-    there = said.on_gpu(GPU)
+def _by_dtype(full: list[OpPlan], half: list[OpPlan]) -> str:
+    """The kernels of both dtypes, told apart where they differ."""
+    names = _chosen(full), _chosen(half)
+    return names[0] if names[0] == names[1] else f"{names[1]} in bf16; {names[0]} in fp32"
+
+
+def _row(written: str, said: Explanation, half: Explanation) -> Operation:
     if said.missing:
         return Operation(written, "", DENSE, DENSE, DENSE, DENSE)
     if not said.ops:  # the stored entries, by torch's own functions
@@ -96,19 +100,25 @@ def _row(written: str, said: Explanation) -> Operation:
             p for p in ops if p.purpose != "forward"
         ]
 
-    (here, here_back), (gpu, gpu_back) = split(said.ops), split(there.ops)
-    ops = ", ".join(dict.fromkeys(f"`{p.op}`" for p in here))
+    here, here_back = split(said.ops)
+    (full, full_back), (low, low_back) = (split(e.on_gpu(GPU).ops) for e in (said, half))
     return Operation(
-        written, ops, _chosen(here), _chosen(gpu), _chosen(here_back), _chosen(gpu_back)
+        written,
+        ", ".join(dict.fromkeys(f"`{p.op}`" for p in here)),
+        _chosen(here),
+        _by_dtype(full, low),
+        _chosen(here_back),
+        _by_dtype(full_back, low_back),
     )
 
 
 def operations(name: str) -> list[Operation]:
     """The table of a layout."""
     mask = MASKS[name]()
+    full, half = (calls(mask, dtype) for dtype in (torch.float32, torch.bfloat16))
     return [
-        _row(written, sl.explain(function, *args, **kwargs))
-        for written, (function, args, kwargs) in calls(mask).items()
+        _row(written, *(sl.explain(f, *args, **kwargs) for f, args, kwargs in pair))
+        for written, *pair in ((each, full[each], half[each]) for each in full)
     ]
 
 

@@ -26,7 +26,8 @@ def test_tables_name_kernels_that_are_there(name: str) -> None:
     known = {row.name for rows in KERNELS.rows.values() for row in rows} | {"torch", "dense", ""}
     for row in operations.operations(name):
         for cell in row[2:]:
-            assert set(cell.split(", ")) <= known, row
+            by_dtype = [part.rsplit(" in ", 1)[0] for part in cell.split("; ")]
+            assert {name for part in by_dtype for name in part.split(", ")} <= known, row
 
 
 def test_a_table_follows_the_kernel_table() -> None:
@@ -35,6 +36,9 @@ def test_a_table_follows_the_kernel_table() -> None:
 
     assert first("BSRTensor")[1:4] == ("`block_matmul`", "cpu", "triton")
     assert first("GroupedNMTensor").gpu == "dense"
+    attention = next(r for r in operations.operations("BSRTensor") if "attention" in r.written)
+    assert attention.gpu == attention.gradients_gpu == "hopper in bf16; triton in fp32"
+    assert "| `hopper` in bf16; `triton` in fp32 |" in markers.operations_table("BSRTensor")
 
     @sl.kernel("block_matmul", requires=lambda facts: None, name="everywhere")
     def everywhere() -> None: ...

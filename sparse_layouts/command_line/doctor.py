@@ -220,6 +220,7 @@ def _typical_facts(device: str, dtype: torch.dtype, **machine: Any) -> Iterator[
             transposed=transposed,
             row_entries=row_entries,
             divisor=64,
+            tma=device == "cuda",
             **machine,
         )
 
@@ -281,12 +282,15 @@ MASKS: dict[str, Callable[[], sl.LayoutTensor]] = {
         128, block_size=16, local_blocks=2, vert_stride=2, num_heads=2
     ),
     "BigBirdTensor": lambda: sl.without_counts(sl.bigbird(128, block_size=16, source="hf-eval")),
+    "BSRTensor": lambda: sl.causal(128, block_size=64),
 }
 
 
 def _checks() -> list[Check]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     made = [_product(name) for name in WEIGHTS] + [_attention(name) for name in MASKS]
+    # as models run it, which is what a Hopper GPU has a kernel of its own for
+    made.append(_attention("BSRTensor", torch.bfloat16))
     return [_check(call, device) for call in made for device in devices]
 
 
@@ -307,14 +311,14 @@ def _product(name: str) -> Call:
     )
 
 
-def _attention(name: str) -> Call:
+def _attention(name: str, dtype: torch.dtype = torch.float32) -> Call:
     draw = torch.Generator().manual_seed(0)
     mask = MASKS[name]()
     heads = mask.shape[0] if mask.dim() > 2 else 1
-    q, k, v = (torch.randn(1, heads, 128, 32, generator=draw) for _ in range(3))
+    q, k, v = (torch.randn(1, heads, 128, 32, generator=draw).to(dtype) for _ in range(3))
     attend, dense = F.scaled_dot_product_attention, mask.to_dense()
     return (
-        f"attention, {name}",
+        f"attention, {name}" + ("" if dtype == torch.float32 else f", {str(dtype)[6:]}"),
         lambda on: attend(q.to(on), k.to(on), v.to(on), attn_mask=mask.to(on)),
         attend(q, k, v, attn_mask=dense),
         attend(q.double(), k.double(), v.double(), attn_mask=dense),
@@ -324,7 +328,7 @@ def _attention(name: str) -> Call:
 def _check(call: Call, device: str) -> Check:
     what, compute, dense, exact = call
     # as the kernels are held to: twice what dense torch loses, and a few roundings
-    limit = 2 * relative_error(dense, exact) + 4 * torch.finfo(torch.float32).eps
+    limit = 2 * relative_error(dense, exact) + 4 * torch.finfo(dense.dtype).eps
     try:
         with sl.fallback("allow"):
             found = compute(device).cpu()

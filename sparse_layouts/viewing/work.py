@@ -79,7 +79,7 @@ def work_of(function: Any, *args: Any, **kwargs: Any) -> Work:
     >>> work_of(torch.matmul, w, torch.ones(64, 2)).flop
     4096.0
     """
-    from sparse_layouts.kernels.block_attention import attention
+    from sparse_layouts.kernels.block_attention.calls import attention
 
     layouts = layouts_in(args) + layouts_in(kwargs)
     if len(layouts) != 1:

@@ -295,6 +295,24 @@ def test_as_if_on_a_gpu(w: sl.BSRTensor) -> None:
     assert sl.explain(torch.cumsum, w, 0).on_gpu((9, 0)).kernel == "dense fallback"
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "capability", "kernel"),
+    [
+        (64, torch.bfloat16, (9, 0), "hopper"),
+        (64, torch.bfloat16, (8, 0), "triton"),
+        (64, torch.float32, (9, 0), "triton"),
+        (20, torch.bfloat16, (9, 0), "triton"),  # rows of 40 bytes, which TMA cannot read
+    ],
+)
+def test_attention_as_if_on_a_gpu(
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int], kernel: str
+) -> None:
+    q = torch.ones(1, 1, 128, head_dim, dtype=dtype)
+    mask = sl.causal(128, block_size=64)
+    said = sl.explain(F.scaled_dot_product_attention, q, q, q, attn_mask=mask)
+    assert said.on_gpu(capability).kernel == kernel
+
+
 def test_as_json_says_what_the_text_says(w: sl.BSRTensor) -> None:
     said = sl.explain(torch.matmul, w, X)
     found = json.loads(json.dumps(said.as_json()))

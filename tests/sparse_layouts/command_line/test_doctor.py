@@ -64,6 +64,7 @@ def test_without_a_gpu_every_cpu_kernel_runs() -> None:
         assert row.runs == (not row.lacks)
     assert by_name["block_matmul", "cpu"].runs
     assert by_name["block_matmul", "triton"].lacks == "a CUDA device"
+    assert by_name["block_attention_backward", "hopper"].lacks == "a CUDA device"
     assert {row.op for row in found.kernels if row.runs} == set(KERNELS.rows)
 
 
@@ -127,6 +128,13 @@ def test_a_gpu_that_is_too_old(gpu: dict[str, Any]) -> None:
     assert "needs compute capability 8.0 or newer, found 7.5" in lacks("block_matmul", "triton")
     (found,) = [f for f in doctor.examine().findings if "compute capability 7.5" in f.what]
     assert not found.is_broken
+
+
+def test_a_gpu_before_hopper(gpu: dict[str, Any]) -> None:
+    gpu["capability"] = (8, 0)
+    assert "is for compute capability 9.0" in lacks("block_attention", "hopper")
+    assert not lacks("block_attention", "triton")
+    assert not any("compute capability" in f.what for f in doctor.examine().findings)
 
 
 def test_a_torch_without_cusparselt(gpu: dict[str, Any]) -> None:
