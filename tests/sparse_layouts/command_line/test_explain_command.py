@@ -43,7 +43,7 @@ def test_as_if_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     for gpu in ([], ["--gpu", "9.0"], ["--gpu", "sm_80"], ["--gpu", "7.5"]):
         assert main([*command, *gpu]) == 0
         kernels.append(json.loads(capsys.readouterr().out)["kernel"])
-    assert kernels == ["cpu", "triton", "triton", "dense fallback"]
+    assert kernels == ["cpu", "hopper", "triton", "dense fallback"]
 
 
 def test_functions_of_torch(capsys: pytest.CaptureFixture[str]) -> None:
