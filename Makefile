@@ -63,8 +63,9 @@ test-aot:
 	@echo "only the installed Triton was used: VENV= installs no other"
 endif
 
+# one thread: where other programs run too, more of them mostly wait for each other
 notebooks: $(INSTALLED_NOTEBOOKS) ## run the notebooks, and the explorer in a headless Chromium
-	$(PY) -m pytest --nbmake --nbmake-timeout=120 --durations=0 notebooks
+	OMP_NUM_THREADS=1 $(PY) -m pytest --nbmake --nbmake-timeout=120 --durations=0 notebooks
 	$(PY) -m pytest tests -m browser
 
 docs: $(INSTALLED_DOCS) build/documented ## build the documentation into build/docs, check its links
