@@ -33,7 +33,8 @@ class Facts(NamedTuple):
     `cusparselt`: whether torch has that library, False off CUDA. `deterministic`: whether
     `torch.use_deterministic_algorithms` is set, told only by ops that have a kernel without that
     promise. Of attention: whether there is a `bias`, whether its operands are sequences of several
-    `lengths`, and whether Hopper's copy engine can read q, k and v (`tma`; False off Hopper).
+    `lengths`, whether Hopper's copy engine can read q, k and v (`tma`; False off Hopper), and bytes
+    of the scores that a key head stores (`head_bytes`; 0 if few, and off Hopper).
     """
 
     device: str
@@ -52,6 +53,7 @@ class Facts(NamedTuple):
     bias: bool = False
     lengths: bool = False
     tma: bool = False
+    head_bytes: int = 0
 
 
 Requires = Callable[[Facts], "str | None"]
@@ -100,6 +102,7 @@ class KernelTable:
     def __init__(self) -> None:
         self.rows: dict[str, list[Kernel]] = {}
         self.chosen: dict[Any, Kernel | None] = {}
+        self.changes = 0  # what was chosen before a change may be wrong after it
 
 
 KERNELS = KernelTable()
@@ -140,6 +143,7 @@ def register_kernel(
     kernel = Kernel(op, name, implementation, requires, place)
     rows.insert(0 if first else len(rows), kernel)
     KERNELS.chosen.clear()
+    KERNELS.changes += 1
     return kernel
 
 
@@ -149,6 +153,7 @@ def unregister_kernel(kernel: Kernel) -> None:
     if kernel in rows:
         rows.remove(kernel)
     KERNELS.chosen.clear()
+    KERNELS.changes += 1
 
 
 def kernel(

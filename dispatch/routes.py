@@ -70,9 +70,26 @@ class RouteTable:
     def __init__(self) -> None:
         self.rows: dict[Function, list[Route]] = {}
         self.found: dict[Any, Route | None] = {}
+        self.shortcuts: dict[Function, Callable[..., Any]] = {}
+        self.changes = 0  # what was decided before a change may be wrong after it
 
 
 ROUTES = RouteTable()
+
+
+def shortcut(function: Function) -> Callable[[F], F]:
+    """Registers the decorated `shortcut(args, kwargs)` as what is tried first, before a call of
+    `function` is read and its route found, in eager mode.
+
+    It returns `NotImplemented` unless it is sure which route the call would take, and that
+    :attr:`RouteTable.changes` is what it was then.
+    """
+
+    def register(handler: F) -> F:
+        ROUTES.shortcuts[function] = handler
+        return handler
+
+    return register
 
 
 def route(
@@ -137,6 +154,7 @@ def route(
                 )
         rows.append(row)
         ROUTES.found.clear()
+        ROUTES.changes += 1
         before = getattr(handler, "unregister", None)
         handler.unregister = functools.partial(_unregister, row, before)  # type: ignore[attr-defined]
         return handler
@@ -165,6 +183,7 @@ def _unregister(row: Route, before: Callable[[], None] | None) -> None:
     if row in rows:
         rows.remove(row)
     ROUTES.found.clear()
+    ROUTES.changes += 1
     if before is not None:
         before()
 

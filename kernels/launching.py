@@ -11,7 +11,7 @@ import ctypes
 import functools
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -93,20 +93,30 @@ class _Map:
 
 
 class PackedLaunch:
-    """A compiled kernel with its parameters packed.
+    """A kernel, compiled for the current device, with its parameters packed.
 
-    `compiled` is what a launch through Triton returned, `arguments` what that launch was given, by
-    name: tensors, numbers, tensor descriptors, None. Tensors must stay alive as long as this is
-    used, except those that :meth:`point` and :meth:`describe` replace before every launch; the new
-    ones are of the same shape, strides, dtype and alignment. A launch is safe from several threads
-    if each sets its addresses and launches under :attr:`lock`.
+    `arguments` and `options` are what a launch through Triton takes by name: tensors, numbers,
+    tensor descriptors, None; constants, `num_warps`. Tensors are kept, but for those named in
+    `moving` and the described ones: :meth:`point` and :meth:`describe` replace these before every
+    launch, by others of the same shape, strides, dtype and alignment. A launch is safe from several
+    threads if each sets its addresses and launches under :attr:`lock`.
 
     Triton's launch hooks are not called.
     """
 
-    def __init__(self, compiled: Any, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        kernel: Any,
+        arguments: Mapping[str, Any],
+        options: Mapping[str, Any],
+        moving: Collection[str],
+    ) -> None:
+        compiled = kernel.warmup(**arguments, **options, grid=(1,))
+        assert compiled.run is not None  # loads it
         self.lock = threading.Lock()
-        self.kept = [a for a in arguments.values() if isinstance(a, Tensor)]
+        self._kept = [
+            a for name, a in arguments.items() if isinstance(a, Tensor) and name not in moving
+        ]
         self._function = ctypes.c_void_p(compiled.function)
         self._shared = compiled.metadata.shared
         self._threads = 32 * compiled.metadata.num_warps
@@ -125,7 +135,9 @@ class PackedLaunch:
         self._pointers: dict[str, int] = {}
         self._numbers: dict[str, tuple[str, int]] = {}
         self._maps: dict[str, _Map] = {}
-        self._pack_all(compiled.src.signature, arguments, iter(places))
+        given = {**arguments, **options}
+        in_order = {name: given[name] for name in kernel.arg_names}
+        self._pack_all(compiled.src.signature, in_order, iter(places))
         self._launch = _driver().cuLaunchKernel
 
     def _places(self) -> list[tuple[int, int]]:

@@ -91,11 +91,14 @@ def hopper_attention(facts: Facts) -> str | None:
 
 # Largest head size, padded to a power of two, whose gradients' sums two warpgroups can hold.
 HOPPER_GRADIENT_HEAD_DIM = 128
+# The Hopper backward's workspace takes no more: of two key heads, 2 bytes for every pair of a query
+# and a key that they store. One head of dense causal attention over 46,000 tokens takes half of it.
+HOPPER_WORKSPACE_BYTES = 4_300_000_000
 
 
 def hopper_attention_backward(facts: Facts) -> str | None:
-    """As `hopper_attention`, for blocks whose edges are multiples of 64, head sizes up to 128 and
-    the plain batch.
+    """As `hopper_attention`, for blocks whose edges are multiples of 64, head sizes up to 128, the
+    plain batch, and key heads whose workspace stays within HOPPER_WORKSPACE_BYTES.
     """
     reason = hopper_attention(facts)
     if reason is not None:
@@ -106,6 +109,11 @@ def hopper_attention_backward(facts: Facts) -> str | None:
         return f"takes head sizes up to {HOPPER_GRADIENT_HEAD_DIM}, not {facts.head_dim}"
     if facts.lengths:
         return "takes no sequences of several lengths"
+    if facts.head_bytes > HOPPER_WORKSPACE_BYTES // 2:
+        return (
+            f"takes a workspace of at most {HOPPER_WORKSPACE_BYTES:,} bytes, twice what the scores "
+            f"that a key head stores take; here these are up to {facts.head_bytes:,}"
+        )
     return None
 
 

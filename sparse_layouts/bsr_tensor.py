@@ -70,6 +70,7 @@ class BSRTensor(LayoutTensor):
     lead_dims: int
     inner_values: Tensor | None
     _pattern: BlockPattern | None = None
+    _recalled: dict[Any, Any] | None = None  # what calls of attention settled
 
     @classmethod
     def on_pattern(cls, values: Tensor | None, pattern: BlockPattern, **static: Any) -> Self:
@@ -166,8 +167,8 @@ class BSRTensor(LayoutTensor):
         return _mask_values(expand_heads(self.block_pattern)).to(dtype)
 
     def forget_derived(self) -> None:
-        """Drops the pattern tuple, which holds the inner tensors that were."""
-        self._pattern = None
+        """Drops the pattern tuple, which holds the inner tensors that were, and what it led to."""
+        self._pattern = self._recalled = None
 
     def same_pattern(self, other: LayoutTensor) -> bool:
         """Whether both store the same entries in the same places.

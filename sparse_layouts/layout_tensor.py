@@ -16,6 +16,7 @@ from torch import Tensor
 from sparse_layouts import stored_copies  # noqa: F401  registers what is done below autograd
 from sparse_layouts.dispatch import Layout, call_route, fall_back
 from sparse_layouts.dispatch.fallback import densified, first_argument, layouts_in
+from sparse_layouts.dispatch.routes import ROUTES
 from sparse_layouts.dispatch.text import folded, terminal_width
 from sparse_layouts.exported_layouts import opened
 from sparse_layouts.index_identity import same_indices
@@ -316,6 +317,10 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
+        if not torch.compiler.is_dynamo_compiling() and func in ROUTES.shortcuts:
+            result = ROUTES.shortcuts[func](args, kwargs)
+            if result is not NotImplemented:
+                return result
         if not keeps_layout(func):
             if torch.compiler.is_exporting():
                 args, kwargs = opened(args), opened(kwargs)

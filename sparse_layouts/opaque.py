@@ -23,7 +23,7 @@ _PATTERN = (
 _WIDTH = 13
 
 
-def _eager(first: Any) -> bool:
+def is_eager(first: Any) -> bool:
     """Whether a call is plain eager work, which nobody traces: it then skips the dispatcher (30 us
     of boxed arguments).
     """
@@ -71,7 +71,7 @@ def define(
     operator = getattr(torch.ops.sparse_layouts, name).default
 
     def call(*args: Any) -> Any:
-        if _eager(args[0]):
+        if is_eager(args[0]):
             return launch(*args)
         if not has_pattern:
             return operator(*args)

@@ -656,6 +656,7 @@ def test_the_file_runs_as_a_script(tmp_path: Path) -> None:
 # --- on a GPU -------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 @pytest.mark.gpu
 def test_one_tiny_row_on_a_gpu(tmp_path: Path) -> None:
     chosen = ["--quick", "--only", "A0", "--without", FLEX, "--graph", "--out", str(tmp_path)]

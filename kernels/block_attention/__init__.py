@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from sparse_layouts import opaque
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.bsr_tensor import BSRTensor
+from sparse_layouts.derived import derived
 from sparse_layouts.dispatch import (
     Facts,
     capability_of,
@@ -60,17 +61,34 @@ register_kernel(BACKWARD, "cpu", f"{_HERE}.cpu_backward:{BACKWARD}", requirement
 
 
 def facts(
-    q: Tensor, k: Tensor, v: Tensor, block_size: tuple[int, int], *, bias: bool, lengths: bool
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, *, bias: bool, lengths: bool
 ) -> Facts:
-    """What the choice of a kernel depends on."""
+    """What the choice of a kernel depends on; operands are 2-D to 4-D."""
+    hopper = capability_of(q.device) == (9, 0)
     return facts_of(
         q,
-        block_size=block_size,
+        block_size=pattern.block_size,
         head_dim=max(q.shape[-1], v.shape[-1]),
         bias=bias,
         lengths=lengths,
-        tma=capability_of(q.device) == (9, 0) and all(map(_tma_readable, (q, k, v))),
+        tma=hopper and all(map(_tma_readable, (q, k, v))),
+        head_bytes=_head_bytes(q, k, pattern) if hopper else 0,
     )
+
+
+def _head_bytes(q: Tensor, k: Tensor, p: BlockPattern) -> int:
+    """Bytes of the scores that a key head stores at most, blocks counted whole; 0 where all lists
+    together have so few blocks that it does not matter.
+    """
+    group = 1 if q.dim() < 3 else q.shape[-3] // max(1, k.shape[-3])
+    each = group * math.prod(p.block_size) * q.element_size()
+    if p.num_blocks * each <= requirements.HOPPER_WORKSPACE_BYTES // 2:
+        return 0
+
+    def most_blocks() -> int:
+        return int((p.crow_indices[:, -1] - p.crow_indices[:, 0]).amax())
+
+    return derived(p, "most_blocks", most_blocks) * each
 
 
 def _tma_readable(x: Tensor) -> bool:
@@ -119,7 +137,7 @@ def _launch(
     check_lengths(q, k, pattern, sequences)
     out, lse = run(
         OP,
-        facts(q, k, v, pattern.block_size, bias=bias is not None, lengths=sequences is not None),
+        facts(q, k, v, pattern, bias=bias is not None, lengths=sequences is not None),
         reference.block_attention,
         _dense_bytes(q, k, pattern, sequences),
         q,
@@ -186,7 +204,7 @@ def _launch_backward(
         own = heads.own_slots(pattern, q.shape[1])
     dq, dk, dv, dbias = run(
         BACKWARD,
-        facts(q, k, v, pattern.block_size, bias=bias is not None, lengths=sequences is not None),
+        facts(q, k, v, pattern, bias=bias is not None, lengths=sequences is not None),
         reference.block_attention_backward,
         2 * _dense_bytes(q, k, pattern, sequences),
         dout,

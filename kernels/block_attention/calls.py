@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.dispatch import Use, route
+from sparse_layouts.dispatch.routes import find_route, shortcut
 from sparse_layouts.kernels.block_attention import (
     BACKWARD,
     OP,
@@ -23,6 +24,7 @@ from sparse_layouts.kernels.block_attention import (
 )
 from sparse_layouts.kernels.block_attention.checks import check_attention
 from sparse_layouts.kernels.block_attention.length_checks import lengths_of
+from sparse_layouts.kernels.block_attention.recall import recall, recall_or_settle, recall_sdpa
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +44,7 @@ def _uses(
     bias: bool = False,
     lengths: bool = False,
 ) -> list[Use]:
-    own = facts(q, k, v, mask.block_size, bias=bias, lengths=lengths)
+    own = facts(q, k, v, mask.block_pattern, bias=bias, lengths=lengths)
     uses = [Use("forward", OP, own)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         uses.append(Use("gradients", BACKWARD, own))
@@ -111,10 +113,19 @@ def attention(
     torch.Size([130, 2, 16])
     """
     lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, q_lens, kv_lens, kv_starts)
+    plain = bias is None and lengths is None and not dropout_p and not return_lse
+    if plain and isinstance(mask, BSRTensor):
+        result = recall(q, k, v, mask, scale, "attention")
+        if result is not NotImplemented:
+            return result
     check_attention(
         "attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale, lengths=lengths
     )
     q, k, v = _autocast(q, k, v)
+    if plain:
+        result = recall_or_settle(q, k, v, mask, scale, "attention")
+        if result is not NotImplemented:
+            return result
     if bias is not None and bias.dtype != q.dtype:
         bias = cast(BSRTensor, bias.to(q.dtype))
     out, lse = attend(q, k, v, mask, scale, dropout_p, bias, lengths)
@@ -209,4 +220,17 @@ def scaled_dot_product_attention(
         return NotImplemented
     _check_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     query, key, value = _autocast(query, key, value)
+    if not dropout_p and _is_first(attn_mask):
+        result = recall_or_settle(query, key, value, attn_mask, scale, enable_gqa)
+        if result is not NotImplemented:
+            return result
     return attend(query, key, value, attn_mask, scale, dropout_p)[0]
+
+
+def _is_first(mask: BSRTensor) -> bool:
+    """Whether no route of the mask's own class comes before the one here."""
+    row = find_route(F.scaled_dot_product_attention, (), {"attn_mask": mask})
+    return row is not None and row.handler is scaled_dot_product_attention
+
+
+shortcut(F.scaled_dot_product_attention)(recall_sdpa)

@@ -35,23 +35,29 @@ def list_of_head(pattern: BlockPattern, heads: int) -> Tensor:
     return derived(pattern, ("list_of_head", heads), build)
 
 
-def shared_lists(pattern: BlockPattern, heads: int, size: int) -> bool:
+def shared_lists(pattern: BlockPattern, head_map: Tensor, size: int) -> bool:
     """Whether every `size` query heads that stand together read the same lists, in every sample.
 
-    Known from the shapes where the pattern has a list a KV head or one for all; else it takes one
-    host sync, once a pattern.
+    Known from the shapes where :func:`list_of_head` made the map, of a list a KV head or one for
+    all; else it takes one host sync, once a map.
     """
-    if size == 1 or not pattern.lead or heads // pattern.lead[-1] % size == 0:
+    samples, heads = head_map.shape
+    if size == 1 or pattern.num_patterns <= 1:
         return True
-    if heads % size or pattern.head_map is None:
+    if heads % size:
         return False
+    lead = pattern.lead[-1] if pattern.lead else 1
+    if heads % lead == 0 and head_map is list_of_head(pattern, heads):
+        if heads // lead % size == 0:
+            return True
+        if pattern.head_map is None:
+            return False
 
     def build() -> bool:
-        table = list_of_head(pattern, heads)
-        table = table.view(table.shape[0], heads // size, size)
+        table = head_map.view(samples, heads // size, size)
         return bool((table == table[..., :1]).all())
 
-    return derived(pattern, ("shared_lists", heads, size), build)
+    return derived((head_map,), ("shared_lists", size), build)
 
 
 class OwnSlots(NamedTuple):

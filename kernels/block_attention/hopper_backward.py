@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparse_layouts.block_pattern import BlockPattern, transpose_pattern
+from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.heads import shared_lists
 from sparse_layouts.kernels.block_attention.hopper_backward_kernel import (
@@ -33,15 +35,29 @@ from sparse_layouts.kernels.block_attention.triton_common import (
     signature,
     tma_ready,
 )
-from sparse_layouts.kernels.block_attention.unit_schedule import gradient_schedules
+from sparse_layouts.kernels.block_attention.unit_schedule import (
+    GradientSchedules,
+    gradient_schedules,
+)
 from sparse_layouts.kernels.launching import PackedLaunch
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES
 
 # Keys, values, queries and their gradients of the heads worked on together: an H200's L2. Local
 # stride, B 2, H 32, N 8192, D 128: 1346 us by column, with half of it 1400 (2026-11-26).
 L2_BYTES = 64_000_000
-# Both halves of the workspace; at least the heads of one key head are worked on at once.
-WORKSPACE_BYTES = 2_400_000_000
+# The workspace: what fits is worked on at once, else it has two halves, one written and one read.
+WORKSPACE_BYTES = 600_000_000
+# Of a launch the longest column takes long: there is this much other work to do meanwhile, if the
+# workspace's upper limit, HOPPER_WORKSPACE_BYTES, allows. Backward on an H200, 2026-11-26, in us,
+# by both halves' GB (0.3, 0.6, 1.2, 2.4, all at once) and, in parentheses, the first that satisfies
+# this: A1 2813, 2051, 2099, 2085, 2058 (0.75); A2 2851, 1956, 2026, 2036, 2013; A3 26770, 14116,
+# 7867, 5731, 5766 (2.5); four query heads a key head 13008, 5244, -, 2207 (all); dense causal, N
+# 8192, 7710, 5660, -, 5365 (0.9). A1 to A3: local stride, B 2, N 8192, blocks of 64 and 128, and B
+# 1, N 32768; H 32, D 128.
+WORK_BESIDE = 1.5
+# Of A1's 2050 us the row terms take 83, the pass by column 1350 and that by row 580, which overlap
+# where there are several launches; at 740 TFLOP/s it would be 1200. Claiming items one by one
+# gained 2 to 6% over fixed shares.
 # buffers of queries, by padded head size; at D 128 there is room for two
 STAGES = {64: 3, 128: 2}
 MAX_REGISTERS = 168
@@ -117,8 +133,8 @@ def block_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`(dq, dk, dv, None)` as the reference defines them, in bf16 or fp16, without a bias.
 
-    Takes a workspace of 2 bytes a stored pair, of as many key heads as WORKSPACE_BYTES has room
-    for twice (once, where that is all of them), and at least of two.
+    Takes a workspace of 2 bytes a stored pair of query and key: of all heads where these are
+    WORKSPACE_BYTES or less, else of as many as two launches of :func:`workspace_share` have.
     """
     assert bias is None, "its requirement excludes a bias"
     assert sequences is None, "its requirement excludes sequences"
@@ -131,14 +147,15 @@ def block_attention_backward(
     terms, workspace = _scratch(plan, q)
     _launch_terms(out, dout, lse, dlse, terms, pattern, plan.units)
     arguments = plan.shared | _described(q, k, v, dout, terms, workspace, dq, dk, dv)
-    for programs, own in plan.launches:
-        hopper_attention_backward[(programs,)](**arguments, **own, **plan.options)
+    with torch.cuda.device_of(q):
+        for programs, own in plan.launches:
+            hopper_attention_backward[(programs,)](**arguments, **own, **plan.options)
     return dq, dk, dv, None
 
 
 class PreparedBackward:
-    """Backward passes on operands of one shape, without dropout, sequences and a gradient of lse:
-    all but addresses is settled. Made by a first pass, which compiles and returns nothing.
+    """Backward passes on operands like these, without dropout, sequences and a gradient of lse: all
+    but addresses is settled.
     """
 
     def __init__(
@@ -158,15 +175,14 @@ class PreparedBackward:
         terms, workspace = _scratch(plan, q)
         gradients = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
         grid, arguments, options = _terms_launch(out, dout, lse, None, terms, pattern, plan.units)
-        compiled = attention_unit_terms[grid](**arguments, **options)
         self._terms_programs = grid[0]
-        self._terms = PackedLaunch(compiled, arguments | options)
-        shared = plan.shared | _described(q, k, v, dout, terms, workspace, *gradients)
-        programs, own = plan.launches[0]
-        compiled = hopper_attention_backward[(programs,)](**shared, **own, **plan.options)
-        names = hopper_attention_backward.arg_names
-        given = shared | own | plan.options
-        self._packed = PackedLaunch(compiled, {name: given[name] for name in names})
+        moving = ("out_ptr", "dout_ptr", "lse_ptr", "terms_ptr")
+        self._terms = PackedLaunch(attention_unit_terms, arguments, options, moving)
+        arguments = plan.shared | plan.launches[0][1]
+        arguments |= _described(q, k, v, dout, terms, workspace, *gradients)
+        self._packed = PackedLaunch(
+            hopper_attention_backward, arguments, plan.options, ("dq_ptr", "counter_ptr")
+        )
 
     def __call__(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, stream: int
@@ -259,19 +275,25 @@ def _terms_launch(
 
 def _launch_terms(*operands: Any) -> None:
     grid, arguments, options = _terms_launch(*operands)
-    attention_unit_terms[grid](**arguments, **options)
+    with torch.cuda.device_of(arguments["out_ptr"]):
+        attention_unit_terms[grid](**arguments, **options)
 
 
-def workspace_shares(places: int, group: int, key_heads: int, dtype: torch.dtype) -> int:
-    """How many key heads (of the batch) one launch works on.
+def workspace_share(
+    schedules: GradientSchedules, group: int, key_heads: int, itemsize: int, programs: int
+) -> int:
+    """How many of the batch's key heads one launch works on.
 
-    A key head's part of the workspace is a tile of 64 x 64 for each of `places` and of `group`
-    query heads. There are two parts, one written and one read, unless two launches do all.
+    A key head's part of the workspace has a tile of 64 x 64 for each place and query head.
     """
-    each = places * group * 64 * 64 * dtype.itemsize
-    share = max(1, min(key_heads, WORKSPACE_BYTES // 2 // max(each, 1)))
-    launches = -(-key_heads // share)
-    return -(-key_heads // launches)
+    each = max(1, schedules.num_places * group * 64 * 64 * itemsize)
+    if key_heads * each <= WORKSPACE_BYTES:
+        return key_heads
+    work = max(1.0, schedules.mean_tiles / programs)  # of a key head, for each program
+    beside = math.ceil(WORK_BESIDE * schedules.longest / work)
+    share = max(WORKSPACE_BYTES // 2 // each, beside)
+    share = max(1, min(share, key_heads, requirements.HOPPER_WORKSPACE_BYTES // 2 // each))
+    return -(-key_heads // -(-key_heads // share))
 
 
 def _plan(
@@ -288,14 +310,15 @@ def _plan(
     (m, _), (bm, bn) = pattern.shape, pattern.block_size
     d = max(64, padded_head_dim(max(head_dim, value_dim)))
     group, key_heads = heads // kv_heads, batch * kv_heads
-    head_map = head_map.contiguous()
     # the query heads of a key head visit its columns together: their lists have to be paired alike
-    alike = shared_lists(pattern, heads, group)
-    by_column, by_row, places, num_places = gradient_schedules(pattern, 2, pair_by_length=alike)
+    alike = shared_lists(pattern, head_map, group)
+    schedules = gradient_schedules(pattern, 2, pair_by_length=alike)
+    by_column, by_row, places, num_places = schedules[:4]
     column_groups, row_groups = by_column.rows.shape[1], by_row.rows.shape[1]
     first_group = (m - nq) // 128
     units = -(-m // 64)
-    share = workspace_shares(num_places, group, key_heads, q.dtype)
+    programs = multiprocessors(q.device)
+    share = workspace_share(schedules, group, key_heads, q.element_size(), programs)
     halves = min(2, -(-key_heads // share))
     shared = {
         "counter_ptr": work_counter(q.device, torch.cuda.current_stream(q.device).cuda_stream),
@@ -343,7 +366,7 @@ def _plan(
             "column_slot": number % halves * share * group,
             "row_slot": (number - 1) % halves * share * group,
         }
-        launches.append((min(multiprocessors(q.device), items), own))
+        launches.append((min(programs, items), own))
     options = {"BM": bm, "BN": bn, "D": d, "STAGES": STAGES[d]}
     options |= {"num_warps": 4, "maxnreg": MAX_REGISTERS}
     return Plan(shared, launches, options, halves * share * group * num_places, units)

@@ -53,6 +53,12 @@ class Tuning(NamedTuple):
 # and random blocks of 16 and 32 (N 8192, D 128). Tiles of 64 keys take 1.15 to 1.25 times as long
 # at D 128; at D 64 two programs of one warpgroup and 128 keys took 139 us on local-stride and 93 on
 # BigBird, three of 64 keys 132 and 106, one of two warpgroups 147 and 107. D 256 is not tuned.
+#
+# Floors at 740 TFLOP/s: local stride, N 8192, 480 us (measured 615), dense causal 1490 (1645); D 64
+# is bound by exp2 and issue slots (54% of them used, tensor cores 39%). What gained nothing there:
+# warpgroups taking turns at the tensor cores (items overlap by themselves); the wait for a tile's
+# product behind the next softmax (ptxas moves it up to the last branch before; forced, 4% slower);
+# three and four warpgroups, or four pairs of producer and consumer a program (166 us at D 64).
 TUNINGS = {
     64: Tuning(1, 128, 2, 2, 2, 128),
     128: Tuning(2, 128, 2, 2, 1, 168),
@@ -102,15 +108,13 @@ def block_attention(
         lse.fill_(-math.inf)
     if not nothing:
         keep = (dropout_p, seed) if seed is not None and dropout_p > 0 else (0.0, None)
-        _launch(q, k, v, out, lse, pattern, head_map, scale, *keep, sequences).run()
+        with torch.cuda.device_of(q):
+            _launch(q, k, v, out, lse, pattern, head_map, scale, *keep, sequences).run()
     return out, lse
 
 
 class PreparedForward:
-    """Calls on operands of one shape, without dropout and sequences: all but addresses is settled.
-
-    Made by a first call, which compiles the kernel and returns nothing.
-    """
+    """Calls on operands like these, without dropout and sequences: all but addresses is settled."""
 
     def __init__(
         self,
@@ -124,9 +128,13 @@ class PreparedForward:
         scale: float,
     ) -> None:
         launch = _launch(q, k, v, out, lse, pattern, head_map, scale, 0.0, None, None)
-        self._programs = launch.programs
-        self._packed = PackedLaunch(launch.run(), launch.arguments | launch.options)
-        self._device = q.device
+        self._programs, self._device = launch.programs, q.device
+        self._packed = PackedLaunch(
+            hopper_attention_forward,
+            launch.arguments,
+            launch.options,
+            ("out_ptr", "lse_ptr", "counter_ptr"),
+        )
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, stream: int
@@ -167,7 +175,7 @@ def _launch(
     group = heads // kv_heads
     # two heads that read the same lists and keys share a program as two units would
     paired = tuning.units == 2 and sequences is None and group % 2 == 0
-    paired = paired and shared_lists(pattern, heads, 2)
+    paired = paired and shared_lists(pattern, head_map, 2)
     units = 1 if paired else tuning.units
     schedule = unit_schedule(pattern, units, tuning.keys)
     groups = schedule.rows.shape[1]
@@ -180,7 +188,6 @@ def _launch(
         tiles = nq // (units * 64) + 2
         extra = 2 * sequences.num_sequences if sequences.packed else 0
         items = heads * (tiles * batch + extra)
-    head_map = head_map.contiguous()
     piece = min(bn, tuning.keys)
     in_order = first_group == 0 and sequences is None
     arguments = {

@@ -99,13 +99,13 @@ def _softmax(s, peak, norm, rate):
 
 @gluon.jit
 def _reaches(columns_ptr, tile, num_keys, pred, PIECE: gl.constexpr, TN: gl.constexpr):
-    """4, as a flag, where a tile reaches over the keys of its sequence, else 0."""
+    """4, as a flag, where a tile has other keys than those of its sequence, else 0."""
     SLOTS: gl.constexpr = TN // PIECE
     over = num_keys < num_keys
     for i in gl.static_range(SLOTS):
-        column = gl.load(columns_ptr + tile * SLOTS + i, mask=pred, other=-1)
-        over = over | ((column + 1) * PIECE > num_keys)
-    return over.to(gl.int32) * 4
+        column = gl.load(columns_ptr + tile * SLOTS + i, mask=pred, other=0)
+        over = over | (column < 0) | ((column + 1) * PIECE > num_keys)
+    return (over & pred).to(gl.int32) * 4
 
 
 @gluon.jit
@@ -117,7 +117,8 @@ def _cut_values(buffer, columns_ptr, tile, num_keys, PIECE: gl.constexpr):
     rows = gl.arange(0, TN, layout=gl.SliceLayout(1, layout))
     keys = gl.load(columns_ptr + tile * (TN // PIECE) + rows // PIECE) * PIECE + rows % PIECE
     v = buffer.load(layout)
-    buffer.store(gl.where((keys < num_keys)[:, None], v, gl.zeros([TN, D], v.dtype, layout)))
+    own = (keys >= 0) & (keys < num_keys)
+    buffer.store(gl.where(own[:, None], v, gl.zeros([TN, D], v.dtype, layout)))
     fence_async_shared()
 
 

@@ -103,13 +103,14 @@ def block_attention_backward(
     """
     head_dim, (bm, bn) = max(q.shape[-1], v.shape[-1]), pattern.block_size
     size, shared_kb = q.element_size(), shared_memory_kb(q.device)
-    return launch_backward(
-        dout, dlse, q, k, v, out, lse, pattern, head_map, scale, dropout_p, seed, bias, bias_base,
-        dbias_base, dbias_blocks,
-        choose(COLUMN_TILES, size, head_dim, bn, shared_kb),
-        choose(ROW_TILES, size, head_dim, bm, shared_kb),
-        sequences,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        return launch_backward(
+            dout, dlse, q, k, v, out, lse, pattern, head_map, scale, dropout_p, seed, bias,
+            bias_base, dbias_base, dbias_blocks,
+            choose(COLUMN_TILES, size, head_dim, bn, shared_kb),
+            choose(ROW_TILES, size, head_dim, bm, shared_kb),
+            sequences,
+        )  # fmt: skip
 
 
 def launch_backward(

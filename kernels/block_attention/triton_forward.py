@@ -265,9 +265,10 @@ def block_attention(
     """
     head_dim, block = max(q.shape[-1], v.shape[-1]), pattern.block_size[0]
     tiles = choose(FORWARD_TILES, q.element_size(), head_dim, block, shared_memory_kb(q.device))
-    return launch_forward(
-        q, k, v, pattern, head_map, scale, dropout_p, seed, bias, bias_base, tiles, sequences
-    )
+    with torch.cuda.device_of(q):
+        return launch_forward(
+            q, k, v, pattern, head_map, scale, dropout_p, seed, bias, bias_base, tiles, sequences
+        )
 
 
 def launch_forward(

@@ -9,6 +9,7 @@ the pattern's device without waiting for it, and cached with the pattern.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -173,7 +174,7 @@ def _build(p: BlockPattern, units: int, tile: int, pair_by_length: bool) -> Unit
     slot = torch.where(owner[ranked] < total, slot, bound * slots_per_tile)
 
     def by_slot(values: Tensor, missing: float) -> Tensor:
-        values = values.reshape(entries, -1)
+        values = values.view(entries, math.prod(values.shape[1:]))
         out = values.new_full((bound * slots_per_tile + 1, values.shape[1]), missing)
         out[slot] = values[ranked]
         return out[:-1]
@@ -228,13 +229,16 @@ class GradientSchedules(NamedTuple):
     `by_column` is the schedule of the transposed pattern: groups of keys, tiles of queries.
     Its tile t of unit u leaves the gradient of the scores at place `(t - first tile of the
     pattern) * U + u`; `places` (T * U,) int32 has, for each tile and unit of `by_row`, that place,
-    -1 where nothing is stored. `num_places`: of the pattern that has most.
+    -1 where nothing is stored. `num_places`: of the pattern that has most. Of `by_column`:
+    `mean_tiles` of a pattern, and the `longest` group's.
     """
 
     by_column: UnitSchedule
     by_row: UnitSchedule
     places: Tensor
     num_places: int
+    mean_tiles: float
+    longest: int
 
 
 def gradient_schedules(
@@ -255,8 +259,15 @@ def _gradient_schedules(p: BlockPattern, units: int, pair_by_length: bool) -> Gr
     written, order = written.flatten().sort()
     found = torch.searchsorted(written, wanted.flatten()).clamp_(max=max(written.numel() - 1, 0))
     places = torch.where(wanted.flatten() >= 0, places[order][found], -1).int()
-    most = by_column.rows[..., TILES].sum(1).amax() if p.num_patterns else 0
-    return GradientSchedules(by_column, by_row, places, int(most) * units)
+    tiles = by_column.rows[..., TILES].flatten(1)
+    if tiles.numel() == 0:
+        return GradientSchedules(by_column, by_row, places, 0, 0.0, 0)
+    of_pattern = tiles.sum(1)
+    counted = torch.stack([of_pattern.amax(), of_pattern.sum(), tiles.amax()]).tolist()
+    most, total, longest = counted
+    return GradientSchedules(
+        by_column, by_row, places, most * units, total / tiles.shape[0], longest
+    )
 
 
 def _unit_pairs(

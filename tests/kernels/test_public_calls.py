@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparse_layouts as sl
+from sparse_layouts.kernels.requirements import HOPPER_WORKSPACE_BYTES
 from tests.kernels.accuracy import check_result, norms
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -367,6 +368,9 @@ def test_memory_of_attention_is_linear_in_its_length() -> None:
 
         peaks[n] = peak_bytes(step)
         operand = q.numel() * q.element_size()
-        # out, dq, dk, dv, and copies in float32; scores alone would be n / 64 operands
-        assert peaks[n] <= 16 * operand, f"{peaks[n]} bytes, an operand has {operand}"
+        # out, dq, dk, dv, copies in float32, and the workspace of the backward on Hopper: stored
+        # scores, blocks whole, in groups of two columns; all scores would be n / 64 operands
+        stored = 8 * (n // 64) * (1024 // 64 + 2) * 64 * 64 * q.element_size()
+        allowed = 16 * operand + min(stored, HOPPER_WORKSPACE_BYTES)
+        assert peaks[n] <= allowed, f"{peaks[n]} bytes, an operand has {operand}"
     assert peaks[32768] <= 2.2 * peaks[16384]
