@@ -21,7 +21,7 @@ import torch
 import sparse_layouts as sl
 from docs.operations import DENSE, GPU, MASKS, operations, routes_of
 from sparse_layouts.command_line import main
-from sparse_layouts.viewing.benchmark_results import Result, read_results
+from sparse_layouts.viewing.benchmark_results import Result, read_results, results_folder
 from sparse_layouts.viewing.exploration import exploration
 from sparse_layouts.viewing.explorer_page import fragment
 from sparse_layouts.viewing.families import FAMILIES
@@ -53,8 +53,12 @@ def look(code: str) -> str:
 def plot(argument: str) -> str:
     """A matplotlib figure, as an image in the page; `title = code`."""
     title, _, code = argument.partition(" = ")
+    return _image(title, _evaluated(code))
+
+
+def _image(title: str, figure: Any) -> str:
     out = io.BytesIO()
-    _evaluated(code).savefig(out, format="svg", bbox_inches="tight")
+    figure.savefig(out, format="svg", bbox_inches="tight")
     data = base64.b64encode(out.getvalue()).decode()
     source = f"data:image/svg+xml;base64,{data}"
     return f'<figure class="plot"><img alt="{html.escape(title)}" src="{source}"></figure>'
@@ -113,14 +117,33 @@ def _result_cells(row: Result) -> list[str]:
     seconds = row.seconds or 0.0
     scale, unit = (1e3, "ms") if seconds >= 1e-3 else (1e6, "us")
     time = f"{seconds * scale:.3g}&nbsp;{unit}"
+    other = f" of {row.share_of}" if row.of_ceiling == row.share and row.share_of else ""
     against = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in row.ratios.items())
     return [
         row.name,
         "" if row.density is None else f"{row.density:.1%}",
         time,
-        "" if row.of_ceiling is None else f"{row.of_ceiling:.0%}",
+        "" if row.of_ceiling is None else f"{row.of_ceiling:.0%}{other}",
         against,
     ]
+
+
+def _results_by_machine() -> dict[str, list[Result]]:
+    by_machine: dict[str, list[Result]] = {}
+    for row in read_results():
+        by_machine.setdefault(row.machine, []).append(row)
+    return by_machine
+
+
+def rooflines(argument: str) -> str:
+    """The committed benchmark results below their roofs, a figure a machine."""
+    figures = []
+    for machine, rows in _results_by_machine().items():
+        if not any(row.drawn for row in rows):
+            continue
+        files = [results_folder() / file for file in dict.fromkeys(row.file for row in rows)]
+        figures.append(_image(machine, sl.roofline(results=files, title=machine)))
+    return "\n\n".join(figures)
 
 
 def results(argument: str) -> str:
@@ -131,8 +154,19 @@ def results(argument: str) -> str:
         own = [row for row in rows if row.file == file]
         title = file.removesuffix(".json").replace("_", " ")
         table = _table(head, [_result_cells(row) for row in own])
-        parts.append(f"### {title}\n\n{own[0].where}\n\n{table}")
+        parts.append(f"### {title}\n\n{own[0].where} (`{file}`)\n\n{table}")
+        parts += _shapes(own)
     return "\n\n".join(parts)
+
+
+def _shapes(rows: list[Result]) -> list[str]:
+    """What the rows' names stand for, where the results say so."""
+    by_note: dict[str, list[str]] = {}
+    for row in rows:
+        if len(row.notes) == 1:  # several: a line for each matrix of a collection
+            by_note.setdefault(row.notes[0], []).append(row.name)
+    lines = [f"- {', '.join(names)}: {note}" for note, names in by_note.items()]
+    return ["\n".join(lines)] if lines else []
 
 
 def output(command: str) -> str:
@@ -158,6 +192,7 @@ MARKERS: dict[str, Callable[[str], str]] = {
     "operations": operations_table,
     "routes": routes_table,
     "overview": overview,
+    "rooflines": rooflines,
     "results": results,
     "output": output,
     "explorer": explorer,

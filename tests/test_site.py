@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import doctest
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import sparse_layouts as sl
 from docs import check_site, markers, operations
 from sparse_layouts.dispatch.kernel_table import KERNELS
+from sparse_layouts.viewing import benchmark_results
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "pages"
@@ -92,6 +96,40 @@ def test_every_committed_result_is_on_the_page() -> None:
     text = markers.filled("<!-- results -->")
     for row in markers.read_results():
         assert f"| {row.name} |" in text
+
+
+def test_results_of_a_new_file_are_on_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib, the extra viz")
+
+    def content(gpu: str, *rows: dict[str, Any]) -> str:
+        return json.dumps(
+            {
+                "date": "2026-01-02",
+                "versions": {"torch": "2.13.0", "triton": "3.7.1"},
+                "devices": [{"device": "cuda:0", "name": gpu}],
+                "rows": rows,
+            }
+        )
+
+    row = {"name": "new", "density": 0.5, "timing": {"median_s": 1e-3}, "flops": 1e12}
+    share = {"name": "shared", "timing": {"median_s": 1e-3}, "share": 0.5, "share_of": "cuDNN"}
+    left_out = {"name": "left out", "timing": None}
+    first = content("One", {**row, "notes": ["N 8192"]}, share, left_out)
+    (tmp_path / "one_matmul.json").write_text(first, encoding="utf-8")
+    (tmp_path / "two_nm.json").write_text(content("Two", row), encoding="utf-8")
+    (tmp_path / "three.json").write_text(content("Three", share), encoding="utf-8")
+    monkeypatch.setattr(benchmark_results, "results_folder", lambda: tmp_path)
+    monkeypatch.setattr(markers, "results_folder", lambda: tmp_path)
+
+    figures = markers.filled("<!-- rooflines -->")
+    assert re.findall('alt="(.*?)"', figures) == ["One", "Two"]  # nothing of Three can be drawn
+    text = markers.filled("<!-- results -->")
+    assert "### one matmul\n\nOne, torch 2.13.0, Triton 3.7.1, 2026-01-02" in text
+    assert "- new: N 8192" in text
+    assert "| shared |  | 1&nbsp;ms | 50% of cuDNN |" in text
+    assert "left out" not in text
 
 
 def test_docstrings_become_markdown() -> None:

@@ -45,6 +45,16 @@ class Result(NamedTuple):
         return self.flops / self.ceiling_flops
 
     @property
+    def machine(self) -> str:
+        """The device's name, without the versions."""
+        return self.where.split(",")[0]
+
+    @property
+    def drawn(self) -> bool:
+        """Whether `sl.roofline` has a place for it."""
+        return bool(self.density and (self.flops or self.over_dense))
+
+    @property
     def over_dense(self) -> float | None:
         """How many times faster than the dense rival; None where there is none."""
         return next((r for name, r in self.ratios.items() if "dense" in name.lower()), None)
@@ -123,9 +133,9 @@ def _row(row: dict[str, Any], where: str, file: str) -> Result | None:
         seconds,
         row.get("flops"),
         row.get("ceiling_flops"),
-        {str(k): float(v) for k, v in row.get("ratios", {}).items()},
+        {str(k): float(v) for k, v in (row.get("ratios") or {}).items()},
         row.get("holds"),
-        tuple(row.get("notes", ())),
+        tuple(row.get("notes") or ()),
         where,
         file,
         row.get("share"),

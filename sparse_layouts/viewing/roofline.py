@@ -56,7 +56,7 @@ def roofline(
     if args or kwargs:
         raise TypeError("roofline: operands go with a function, not with the name of results")
     every = read_results(results)
-    rows = [r for r in named(every, op) if r.density and (r.flops or r.over_dense)]
+    rows = [r for r in named(every, op) if r.drawn]
     if not rows:
         known = ", ".join(sorted({r.name for r in every if r.density}))
         raise ValueError(f"roofline: no result with a density is called {op!r}; there are {known}")
@@ -140,26 +140,34 @@ def _whole_decades(axes: Any, ys: list[float]) -> None:
 
 
 def _name(axes: Any, points: list[Point]) -> None:
-    """Names beside the points, left where the right has no room, and not over one another."""
+    """Names beside the points, right or left, where they cover no other name or point."""
     taken: list[tuple[float, float, float]] = []  # left, right, bottom, in shares of the axes
     to_axes = axes.transData + axes.transAxes.inverted()
-    for point in points:
-        x, y = to_axes.transform((point.x, point.y))
-        length = 0.0125 * len(point.name)
-        left_side = x + length > 1
-        left = x - length if left_side else x
-        if any(left < r and left + length > at and abs(y - b) < 0.032 for at, r, b in taken):
-            continue
-        taken.append((left, left + length, y))
-        axes.annotate(
-            point.name,
-            (point.x, point.y),
-            xytext=(-5 if left_side else 5, 2),
-            ha="right" if left_side else "left",
-            textcoords="offset points",
-            fontsize="x-small",
-            color="0.3",
+    places = [to_axes.transform((point.x, point.y)) for point in points]
+
+    def free(left: float, right: float, bottom: float) -> bool:
+        clear = all(
+            right < px - 0.012 or px + 0.012 < left or abs(py - bottom) > 0.03 for px, py in places
         )
+        apart = all(right < at or end < left or abs(bottom - b) > 0.032 for at, end, b in taken)
+        return left >= 0 and right <= 1 and clear and apart
+
+    for point, (x, y) in zip(points, places, strict=True):
+        length = 0.0125 * len(point.name)
+        for start, offset, side in ((x + 0.014, 5, "left"), (x - 0.014 - length, -5, "right")):
+            if not free(start, start + length, y):
+                continue
+            taken.append((start, start + length, y))
+            axes.annotate(
+                point.name,
+                (point.x, point.y),
+                xytext=(offset, 2),
+                ha=side,
+                textcoords="offset points",
+                fontsize="x-small",
+                color="0.3",
+            )
+            break
 
 
 # --- of a call, measured now ----------------------------------------------------------------------
