@@ -67,8 +67,8 @@ def draw_matrix(
     )
     axes.set_ylabel(names[0])
     axes.set_xlabel(names[1])
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(4, integer=True))
+    for axis, is_short in ((axes.xaxis, m > 2 * n), (axes.yaxis, n > 4 * m)):
+        axis.set_major_locator(MaxNLocator(2 if is_short else 4, integer=True))
     return image
 
 
