@@ -13,7 +13,7 @@ from torch import Tensor
 import sparse_layouts as sl
 from sparse_layouts.command_line.errors import UsageError
 from sparse_layouts.dispatch import Explanation
-from sparse_layouts.viewing.families import Values, family_of
+from sparse_layouts.viewing.families import Values, family_of, sizes_that_fit
 
 OPERATIONS = ("matmul", "rmatmul", "linear", "softmax", "sddmm", "attention")
 
@@ -30,8 +30,9 @@ def explained(options: argparse.Namespace) -> tuple[str, Explanation]:
             raise UsageError(f"--{option}: at least 1, got {getattr(options, name)}")
     capability = None if options.gpu is None else _capability(options.gpu)
     code, layout = _built(options.layout, _parsed(options.parameters))
-    function, args, kwargs = _call(options, layout, dtype)
     try:
+        with sizes_that_fit("the operands"):
+            function, args, kwargs = _call(options, layout, dtype)
         said = sl.explain(function, *args, **kwargs)
     except (ValueError, TypeError) as error:
         raise UsageError(f"{options.operation}: {error}") from error
@@ -61,7 +62,7 @@ def _built(name: str, given: Values) -> tuple[str, sl.LayoutTensor]:
     try:
         family = family_of(name)
         values = family.values(given)
-        return family.code(values), family.build(values)
+        return family.code(values), family.built(values)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
 

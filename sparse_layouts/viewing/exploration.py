@@ -34,7 +34,7 @@ class Exploration:
         self.error = ""
         self.measured: Measured | None = None
         try:
-            self.layout = family.build(values)
+            self.layout = family.built(values)
         except (ValueError, TypeError) as error:
             self.error = str(error)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,22 @@ from sparse_layouts.nm_factory import nm
 from sparse_layouts.sparsifiers import Magnitude
 
 Values = dict[str, Any]
+
+
+@contextlib.contextmanager
+def sizes_that_fit(what: str) -> Iterator[None]:
+    """Raises `ValueError` with one line where what is built has no room in memory, or its sizes are
+    no numbers of torch's.
+    """
+    try:
+        yield
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        said = str(error).lower()
+        if isinstance(error, RuntimeError) and "memory" not in said and "overflow" not in said:
+            raise
+        raise ValueError(
+            f"{what}: too large for this machine's memory; take smaller ones"
+        ) from error
 
 
 class Parameter(NamedTuple):
@@ -88,6 +105,11 @@ class Family(NamedTuple):
             if name not in own:
                 raise ValueError(f"{self.name} has no parameter {name!r}; it has {', '.join(own)}")
         return {name: p.read(given.get(name, p.default)) for name, p in own.items()}
+
+    def built(self, values: Values) -> LayoutTensor:
+        """The layout. Raises `ValueError` or `TypeError` with one line where values make none."""
+        with sizes_that_fit(", ".join(f"{name}={value}" for name, value in values.items())):
+            return self.build(values)
 
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
