@@ -11,7 +11,7 @@ import ctypes
 import functools
 import struct
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -218,6 +218,56 @@ class PackedLaunch:
             _checked("cuLaunchKernel", status)
 
 
+# launches that are remembered before all are forgotten
+_MOST_LAUNCHES = 512
+_launches: dict[Any, PackedLaunch] = {}
+
+
+def launch_packed(
+    kernel: Any,
+    key: Any,
+    described: Mapping[str, Tensor],
+    pointed: Mapping[str, Tensor | None],
+    arguments: Callable[[], Mapping[str, Any]],
+    options: Mapping[str, Any],
+    programs: int,
+    stream: int,
+) -> None:
+    """Launches `programs` of a kernel on the current device, as an equal call before it where there
+    was one, without Triton's work of every launch.
+
+    `described` are the tensors behind tensor descriptors, `pointed` those behind pointers (None: a
+    constant), by the names of the kernel's parameters; calls with these of the same shapes, strides
+    and dtypes, an equal `key` and equal `options` differ in addresses alone. `arguments` makes all
+    others: descriptors and numbers. Nothing that is given is kept.
+    """
+    everything = (
+        kernel,
+        torch.cuda.current_device(),
+        key,
+        *((x.shape, x.stride(), x.dtype) for x in described.values()),
+        *(None if x is None else (x.dtype, x.data_ptr() % 16) for x in pointed.values()),
+        *options.values(),
+    )
+    packed = _launches.get(everything)
+    if packed is None:
+        given = {**arguments(), **pointed}
+        if not can_pack():
+            kernel[(programs,)](**given, **options)
+            return
+        if len(_launches) >= _MOST_LAUNCHES:
+            _launches.clear()
+        packed = _launches[everything] = PackedLaunch(kernel, given, options, pointed)
+    with packed.lock:
+        for name, x in described.items():
+            packed.describe(name, x.data_ptr())
+        for name, y in pointed.items():
+            if y is not None:
+                packed.point(name, y.data_ptr())
+        packed.launch(programs, stream)
+
+
+@functools.cache
 def can_pack() -> bool:
     """Whether the driver tells where a kernel's parameters lie (CUDA 12.4 and newer)."""
     return hasattr(_driver(), "cuFuncGetParamInfo")

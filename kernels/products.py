@@ -325,3 +325,26 @@ def add_bias(out: Tensor, bias: Tensor | None, size: int) -> Tensor:
     if bias.dtype != out.dtype:
         raise TypeError(f"linear: expected a bias of {out.dtype}, got {bias.dtype}")
     return out + bias
+
+
+def tma_readable(x: Tensor) -> bool:
+    """Whether the copy engine can read the matrices of x (*any, M, N), or their transposes: one
+    dimension unbroken, the others in steps of 16 bytes or, but for the matrix's own, of none.
+    """
+    bytes_of = x.element_size()
+    *outer, rows, columns = x.stride()
+    if columns != 1 and rows != 1:
+        return False
+    step = rows if columns == 1 else columns
+    return (
+        x.numel() > 0
+        and step > 0
+        and step * bytes_of % 16 == 0
+        and x.data_ptr() % 16 == 0
+        and all(s * bytes_of % 16 == 0 for size, s in zip(x.shape, outer, strict=False) if size > 1)
+    )
+
+
+def columns_fact(columns: int) -> int:
+    """Columns of the dense operand, rounded up to a power of two: lengths make no new choices."""
+    return 1 << (columns - 1).bit_length() if columns > 0 else 0

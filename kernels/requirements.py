@@ -117,6 +117,47 @@ def hopper_attention_backward(facts: Facts) -> str | None:
     return None
 
 
+# Fewer columns than Hopper's tiles of 256 have would multiply mostly padding.
+HOPPER_COLUMNS = 256
+
+
+def _hopper_products(facts: Facts) -> str | None:
+    """As `triton_blocks`, for blocks whose edges are at least 64, in fp16 or bf16, on a GPU of
+    compute capability 9.0, whose copy engine can read the operands.
+    """
+    reason = triton_blocks(facts)
+    if reason is not None:
+        return reason
+    if facts.capability != (9, 0):
+        found = ".".join(map(str, facts.capability))
+        return f"is for compute capability 9.0 (H100, H200), found {found}"
+    if facts.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {facts.dtype}"
+    if min(facts.block_size) < 64:
+        return f"takes blocks whose edges are at least 64, not {facts.block_size}"
+    if not facts.tma:
+        return (
+            "takes operands and results with one contiguous dimension, whose other strides and "
+            "addresses are multiples of 16 bytes"
+        )
+    return None
+
+
+def hopper_block_matmul(facts: Facts) -> str | None:
+    """As `_hopper_products`, for enough columns of the dense operand to fill tiles."""
+    if facts.columns < HOPPER_COLUMNS and facts.device == "cuda":
+        return f"takes more than {HOPPER_COLUMNS // 2} columns of the dense operand"
+    return _hopper_products(facts)
+
+
+def hopper_sddmm(facts: Facts) -> str | None:
+    """As `_hopper_products`, for blocks that are stored as a whole."""
+    reason = _hopper_products(facts)
+    if reason is None and facts.partial:
+        reason = "takes blocks that are stored as a whole"
+    return reason
+
+
 # Columns of the dense operand from which another way of reading W wins. MKL's CSR product reads W
 # once, but computes slowly: 4096 x 4096 at 2:4 in fp32, two cores of an EPYC 9004, 2026-11-21.
 MKL_COLUMNS = 32
