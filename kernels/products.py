@@ -37,13 +37,16 @@ class Family:
     against the layout's leading dimensions; with `transposed_output` the storage of the result is
     that of a contiguous (..., N, M). `sample(a, b, mask)` is `a @ b` at the mask's stored entries
     without autograd, in its layout; the dimensions before the mask's own are the batch. `uses` and
-    `uses_of_sample`, with the same operands, list the ops for `sl.explain`.
+    `uses_of_sample`, with the same operands, list the ops for `sl.explain`. `fused(layout, x,
+    transposed_output, bias, activation)` is `activation(W @ x + bias)` in one kernel, where a kind
+    has that.
     """
 
     multiply: Callable[[Any, Tensor, bool], Tensor]
     sample: Callable[[Tensor, Tensor, Any], Any]
     uses: Callable[[Any, Tensor], list[Use]]
     uses_of_sample: Callable[[Tensor, Tensor, Any], list[Use]]
+    fused: Callable[[Any, Tensor, bool, Tensor | None, str | None], Tensor] | None = None
 
 
 class LayoutProduct(torch.autograd.Function):
@@ -314,17 +317,6 @@ def from_the_right(family: Family, x: Tensor, flipped: LayoutTensor) -> Tensor:
     """`x @ flipped.mT` of an x with at least two dimensions."""
     out = product(family, flipped, rows_as_columns(x, flipped), True).mT
     return out.reshape(*x.shape[:-1], flipped.matrix_shape[0]) if out.dim() < x.dim() else out
-
-
-def add_bias(out: Tensor, bias: Tensor | None, size: int) -> Tensor:
-    """`out + bias`, checked; out itself without one."""
-    if bias is None:
-        return out
-    if tuple(bias.shape) != (size,):
-        raise ValueError(f"linear: expected a bias of shape ({size},), got {tuple(bias.shape)}")
-    if bias.dtype != out.dtype:
-        raise TypeError(f"linear: expected a bias of {out.dtype}, got {bias.dtype}")
-    return out + bias
 
 
 def tma_readable(x: Tensor) -> bool:

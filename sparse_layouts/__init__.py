@@ -17,6 +17,7 @@ if not (_root / "sparse_layouts" / "kernels").is_dir() and (_root / "pyproject.t
 
 __version__ = "0.1.0"
 
+from sparse_layouts.band_masks import causal, sink_window, sliding_window
 from sparse_layouts.bigbird_tensor import BigBirdTensor, bigbird
 from sparse_layouts.bsr_factory import bsr
 from sparse_layouts.bsr_tensor import BSRTensor
@@ -33,18 +34,12 @@ from sparse_layouts.dispatch import (
     table,
     trace,
 )
+from sparse_layouts.document_masks import document
 from sparse_layouts.grouped_nm_tensor import GroupedNMTensor, grouped_nm
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.local_stride_tensor import LocalStrideTensor, local_stride
 from sparse_layouts.mask_algebra import without_counts
-from sparse_layouts.mask_factories import (
-    bsr_mask,
-    causal,
-    document,
-    mask_from,
-    sink_window,
-    sliding_window,
-)
+from sparse_layouts.mask_factories import bsr_mask, mask_from
 from sparse_layouts.matrix_files import load_smtx
 from sparse_layouts.matrix_market import load_mtx
 from sparse_layouts.nm_factory import nm
@@ -67,6 +62,7 @@ from sparse_layouts.kernels import grouped_nm as _grouped_nm  # noqa: F401  isor
 from sparse_layouts.kernels import nm_matmul as _nm_matmul  # noqa: F401  isort: skip
 from sparse_layouts.kernels import nm_sddmm as _nm_sddmm  # noqa: F401  isort: skip
 from sparse_layouts.kernels.block_attention.calls import attention  # isort: skip
+from sparse_layouts.kernels.linear_layers import linear  # isort: skip
 from sparse_layouts.kernels.sddmm import sddmm  # isort: skip
 
 if TYPE_CHECKING:
@@ -118,6 +114,7 @@ __all__ = [
     "grouped_nm",
     "kernel",
     "kernel_choice",
+    "linear",
     "load_mtx",
     "load_safetensors",
     "load_smtx",

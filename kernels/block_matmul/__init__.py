@@ -1,7 +1,8 @@
 """block_matmul: a block layout times a dense matrix, either way round, with gradients to both.
 
 `out = W @ x`, W (*batch, *lead, M, K) a BSRTensor, x dense; the other products are made of this one
-(`kernels/products.py`), a transposed W by its column lists. The gradient to W is `sddmm`.
+(`kernels/products.py`), a transposed W by its column lists. The gradient to W is `sddmm`. A linear
+layer's bias and activation are part of it: `activation(W @ x + bias)`.
 """
 
 from __future__ import annotations
@@ -65,7 +66,14 @@ def facts(
     )
 
 
-def _launch(values: Tensor, pattern: BlockPattern, x: Tensor, transposed_output: bool) -> Tensor:
+def _launch(
+    values: Tensor,
+    pattern: BlockPattern,
+    x: Tensor,
+    transposed_output: bool,
+    bias: Tensor | None,
+    activation: str | None,
+) -> Tensor:
     batch = max(values.shape[0], x.shape[0]) if values.shape[0] and x.shape[0] else 0
     patterns = pattern.num_patterns
     dense = values.shape[0] * patterns * math.prod(pattern.shape) * values.element_size()
@@ -74,6 +82,8 @@ def _launch(values: Tensor, pattern: BlockPattern, x: Tensor, transposed_output:
         values = values.expand(batch, -1, -1, -1)
     if x.shape[0] != batch:
         x = x.expand(batch, -1, -1, -1)
+    # a user's own kernel of products alone need not know of these
+    more = {} if bias is None and activation is None else {"bias": bias, "activation": activation}
     return run(
         OP,
         own,
@@ -83,10 +93,18 @@ def _launch(values: Tensor, pattern: BlockPattern, x: Tensor, transposed_output:
         pattern,
         x,
         transposed_output=transposed_output,
+        **more,
     )
 
 
-def _shape(values: Tensor, pattern: BlockPattern, x: Tensor, transposed_output: bool) -> Tensor:
+def _shape(
+    values: Tensor,
+    pattern: BlockPattern,
+    x: Tensor,
+    transposed_output: bool,
+    bias: Tensor | None,
+    activation: str | None,
+) -> Tensor:
     batch = max(values.shape[0], x.shape[0])
     m, n = pattern.shape[0], x.shape[-1]
     if transposed_output:
@@ -95,17 +113,28 @@ def _shape(values: Tensor, pattern: BlockPattern, x: Tensor, transposed_output: 
 
 
 block_matmul_op = opaque.define(
-    OP, "Tensor values, {pattern}, Tensor x, bool transposed_output", _launch, _shape
+    OP,
+    "Tensor values, {pattern}, Tensor x, bool transposed_output, Tensor? bias, str? activation",
+    _launch,
+    _shape,
 )
 
 
-def multiply(layout: BSRTensor, x: Tensor, transposed_output: bool = False) -> Tensor:
-    """`W @ x` with broadcasting over the leading dimensions, without autograd."""
+def multiply(
+    layout: BSRTensor,
+    x: Tensor,
+    transposed_output: bool = False,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """`activation(W @ x + bias)` with broadcasting over the leading dimensions, without autograd;
+    bias (M,).
+    """
     values, pattern = layout.inner_values, layout.block_pattern
     assert values is not None
 
     def product_of_one(flat_values: Tensor, flat_x: Tensor) -> Tensor:
-        return block_matmul_op(flat_values, pattern, flat_x, transposed_output)
+        return block_matmul_op(flat_values, pattern, flat_x, transposed_output, bias, activation)
 
     return broadcast_product(values, 3, pattern.lead, pattern.shape[0], x, product_of_one)
 
@@ -135,5 +164,5 @@ def _uses_of_sample(a: Tensor, b: Tensor, mask: BSRTensor) -> list[Use]:
     return uses
 
 
-FAMILY = Family(multiply, sddmm.sample, _uses, _uses_of_sample)
+FAMILY = Family(multiply, sddmm.sample, _uses, _uses_of_sample, multiply)
 register_products(BSRTensor, FAMILY)

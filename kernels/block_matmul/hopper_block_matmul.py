@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.derived import derived
+from sparse_layouts.kernels.activations import finish_nothing
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_matmul.hopper_block_matmul_kernel import hopper_block_matmul
 from sparse_layouts.kernels.hopper_common import (
@@ -19,7 +20,7 @@ from sparse_layouts.kernels.hopper_common import (
     rows_descriptor_type,
     work_counter,
 )
-from sparse_layouts.kernels.launching import launch_packed
+from sparse_layouts.kernels.launching import Launch
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES, kernel_signature
 
 # Columns of a tile: one warpgroup's accumulator for 64 rows of 256, the two halves of it for tiles
@@ -38,40 +39,51 @@ def block_matmul(
     bias: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """`out[b, p] = activation(W[b, p] @ x[b, p] + bias[:, None])` as `reference.block_matmul`
-    defines it, in bf16 or fp16.
+    """`activation(W[b, p] @ x[b, p] + bias)` as `reference.block_matmul` defines it, in bf16 or
+    fp16.
     """
-    p = pattern
-    m, bm, n = p.shape[0], p.block_size[0], x.shape[3]
+    p, m, n = pattern, pattern.shape[0], x.shape[3]
     batch = x.shape[0] if values.shape[0] == 1 else values.shape[0]
     if transposed_output:
-        stored_out = x.new_empty(batch, p.num_patterns, n, m)
-        out = stored_out.mT
+        out = x.new_empty(batch, p.num_patterns, n, m).mT
     else:
-        out = stored_out = x.new_empty(batch, p.num_patterns, m, n)
-    if out.numel() == 0:
-        return out
-    if p.num_blocks == 0:
-        return out.zero_()
+        out = x.new_empty(batch, p.num_patterns, m, n)
+    if out.numel() == 0 or p.num_blocks == 0:
+        return finish_nothing(out, bias, activation)
+    with torch.cuda.device_of(x):
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        launch(values, p, x, out, bias, activation, stream).run(stream)
+    return out
+
+
+def launch(
+    values: Tensor,
+    pattern: BlockPattern,
+    x: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    stream: int,
+) -> Launch:
+    """The launch that writes out (B, P, M, N), by rows or by columns."""
+    p, (batch, _, m, n) = pattern, out.shape
     values_batch = int(values.shape[0] > 1 and values.stride(0) != 0)
     values = values if values_batch else values[:1]
     x, x_batch, x_pattern = broadcasts(x)
-    values_t, x_t = values.stride(3) != 1, x.stride(3) != 1
-    if values_t:
-        values = values.mT
-    if x_t:
-        x = x.mT
-    constants = _constants(p.block_size, values_t, x_t, transposed_output, activation)
-    tiles = constants["TM"]
+    turned = [t.stride(3) != 1 for t in (values, x, out)]
+    values, x, out = (
+        t.mT if is_turned else t for t, is_turned in zip((values, x, out), turned, strict=True)
+    )
+    constants = _constants(p.block_size, *turned, activation)
     column_tiles = -(-n // TILE_COLUMNS)
-    items = batch * column_tiles * p.num_patterns * p.grid[0] * (bm // tiles)
-    device = x.device
+    items = batch * column_tiles * p.num_patterns * p.grid[0]
+    items *= p.block_size[0] // constants["TM"]
 
     def arguments() -> dict[str, Any]:
         return {
             "values_desc": rows_descriptor(values, 64),
             "x_desc": rows_descriptor(x, _x_rows(constants)),
-            "out_desc": rows_descriptor(stored_out, 128 if transposed_output else 64),
+            "out_desc": rows_descriptor(out, 128 if turned[2] else 64),
             "patterns": p.num_patterns,
             "block_rows": p.grid[0],
             "column_tiles": column_tiles,
@@ -82,26 +94,22 @@ def block_matmul(
             "num_rows": m,
         }
 
-    with torch.cuda.device_of(x):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        launch_packed(
-            hopper_block_matmul,
-            (p.shape, p.block_size, p.num_patterns, values_batch, x_batch, x_pattern),
-            {"values_desc": values, "x_desc": x, "out_desc": stored_out},
-            {
-                "counter_ptr": work_counter(device, stream),
-                "order_ptr": rows_by_length(p),
-                "crow_ptr": p.crow_indices,
-                "col_ptr": p.col_indices,
-                "slots_ptr": p.row_slots,
-                "bias_ptr": bias,
-            },
-            arguments,
-            {**constants, "num_warps": 4, "maxnreg": MAX_REGISTERS},
-            min(items, multiprocessors(device)),
-            stream,
-        )
-    return out
+    return Launch(
+        hopper_block_matmul,
+        (p.shape, p.block_size, p.num_patterns, values_batch, x_batch, x_pattern),
+        {"values_desc": values, "x_desc": x, "out_desc": out},
+        {
+            "counter_ptr": work_counter(x.device, stream),
+            "order_ptr": rows_by_length(p),
+            "crow_ptr": p.crow_indices,
+            "col_ptr": p.col_indices,
+            "slots_ptr": p.row_slots,
+            "bias_ptr": None if bias is None else bias.contiguous(),
+        },
+        arguments,
+        {**constants, "num_warps": 4, "maxnreg": MAX_REGISTERS},
+        min(items, multiprocessors(x.device)),
+    )
 
 
 def rows_by_length(pattern: BlockPattern) -> Tensor:

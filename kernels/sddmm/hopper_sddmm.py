@@ -18,7 +18,7 @@ from sparse_layouts.kernels.hopper_common import (
     rows_descriptor_type,
     work_counter,
 )
-from sparse_layouts.kernels.launching import launch_packed
+from sparse_layouts.kernels.launching import Launch
 from sparse_layouts.kernels.sddmm.hopper_sddmm_kernel import hopper_sddmm
 from sparse_layouts.kernels.sddmm.tile_schedule import tile_schedule
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES, kernel_signature
@@ -34,22 +34,26 @@ def sddmm(a: Tensor, b: Tensor, pattern: BlockPattern) -> Tensor:
     """`values[n, s]` = the block of `a[n, p] @ b[n, p]` at slot s of the pattern, as
     `reference.sddmm` defines it, in bf16 or fp16, for whole blocks.
     """
-    p = pattern
-    (bm, bn), batch, k, device = p.block_size, a.shape[0], a.shape[3], a.device
-    values = a.new_empty(batch, p.num_blocks, bm, bn)
-    if values.numel() == 0 or k == 0:
+    values = a.new_empty(a.shape[0], pattern.num_blocks, *pattern.block_size)
+    if values.numel() == 0 or a.shape[3] == 0:
         return values.zero_()
+    with torch.cuda.device_of(a):
+        stream = torch.cuda.current_stream(a.device).cuda_stream
+        launch(a, b, pattern, values, stream).run(stream)
+    return values
+
+
+def launch(a: Tensor, b: Tensor, pattern: BlockPattern, values: Tensor, stream: int) -> Launch:
+    """The launch that writes values (B, S, bm, bn)."""
+    p, batch, k = pattern, a.shape[0], a.shape[3]
     a, a_batch, a_pattern = broadcasts(a)
     b, b_batch, b_pattern = broadcasts(b)
-    a_t, b_t = a.stride(3) != 1, b.stride(3) != 1
-    if a_t:
-        a = a.mT
-    if b_t:
-        b = b.mT
-    constants = _constants(p.block_size, a_t, b_t)
+    turned = [t.stride(3) != 1 for t in (a, b)]
+    a, b = (t.mT if is_turned else t for t, is_turned in zip((a, b), turned, strict=True))
+    constants = _constants(p.block_size, *turned)
     tile_rows, tile_starts = fullest_first(p, TILE_COLUMNS)
     tiles = tile_rows.shape[0]
-    items = tiles * (bm // constants["TM"]) * batch
+    items = tiles * (p.block_size[0] // constants["TM"]) * batch
 
     def arguments() -> dict[str, Any]:
         return {
@@ -67,26 +71,22 @@ def sddmm(a: Tensor, b: Tensor, pattern: BlockPattern) -> Tensor:
             "b_pattern": b_pattern,
         }
 
-    with torch.cuda.device_of(a):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        launch_packed(
-            hopper_sddmm,
-            (p.shape, p.num_patterns, tiles, batch, a_batch, a_pattern, b_batch, b_pattern),
-            {"a_desc": a, "b_desc": b, "values_desc": values},
-            {
-                "counter_ptr": work_counter(device, stream),
-                "tile_rows_ptr": tile_rows,
-                "tile_starts_ptr": tile_starts,
-                "crow_ptr": p.crow_indices,
-                "col_ptr": p.col_indices,
-                "slots_ptr": p.row_slots,
-            },
-            arguments,
-            {**constants, "num_warps": 4, "maxnreg": MAX_REGISTERS},
-            min(items, multiprocessors(device)),
-            stream,
-        )
-    return values
+    return Launch(
+        hopper_sddmm,
+        (p.shape, p.num_patterns, tiles, batch, a_batch, a_pattern, b_batch, b_pattern),
+        {"a_desc": a, "b_desc": b, "values_desc": values},
+        {
+            "counter_ptr": work_counter(a.device, stream),
+            "tile_rows_ptr": tile_rows,
+            "tile_starts_ptr": tile_starts,
+            "crow_ptr": p.crow_indices,
+            "col_ptr": p.col_indices,
+            "slots_ptr": p.row_slots,
+        },
+        arguments,
+        {**constants, "num_warps": 4, "maxnreg": MAX_REGISTERS},
+        min(items, multiprocessors(a.device)),
+    )
 
 
 def fullest_first(pattern: BlockPattern, tile_columns: int) -> tuple[Tensor, Tensor]:

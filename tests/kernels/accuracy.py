@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparse_layouts import kernels
 from sparse_layouts.block_pattern import BlockPattern, dense_counts
+from sparse_layouts.kernels.activations import finish
 from sparse_layouts.kernels.block_attention.reference import _dense_bias, dropout_keep
 from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_matmul.reference import densify
@@ -76,9 +77,16 @@ def lists_as_heads(pattern: BlockPattern) -> BlockPattern:
 
 
 def dense_block_matmul(
-    a: Arithmetic, values: Tensor, pattern: BlockPattern, x: Tensor, *, transposed_output: bool
+    a: Arithmetic,
+    values: Tensor,
+    pattern: BlockPattern,
+    x: Tensor,
+    *,
+    transposed_output: bool,
+    bias: Tensor | None = None,
+    activation: str | None = None,
 ) -> Results:
-    return (a.product(densify(values, pattern), x).to(x.dtype),)
+    return (finish(a.product(densify(values, pattern), x), bias, activation).to(x.dtype),)
 
 
 def dense_sddmm(a: Arithmetic, left: Tensor, right: Tensor, pattern: BlockPattern) -> Results:
@@ -264,6 +272,8 @@ def zeros_by_definition(op: str, call: Call) -> Results:
         return (None,) * count if own is None else own(call)
     pattern = call.pattern
     if op == "block_matmul":
+        if call.kwargs.get("bias") is not None:
+            return (None,)
         rows = dense_counts(lists_as_heads(pattern)).any(-1)
         return (~rows[None, :, :, None],)
     if op in ("sddmm", "block_softmax", "block_softmax_backward"):

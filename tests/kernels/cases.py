@@ -19,9 +19,9 @@ from sparse_layouts.block_pattern import (
     BlockPattern,
     expand_heads,
     pack_tiles,
-    pattern_from_dense,
     transpose_pattern,
 )
+from sparse_layouts.dense_blocks import pattern_from_dense
 from sparse_layouts.dispatch import Facts, facts_of
 from sparse_layouts.kernels.block_attention import reference as attention_reference
 from sparse_layouts.kernels.block_attention.sequences import Sequences
@@ -245,7 +245,7 @@ class BlockCase:
     contracted one (sddmm).
 
     `poison` puts NaN where no stored block reads; `share` gives values a batch of one; `factor`
-    scales scores.
+    scales scores; `bias` and `activation` are a linear layer's.
     """
 
     name: str
@@ -258,6 +258,8 @@ class BlockCase:
     flip: bool = False
     poison: bool = False
     factor: float = 1.0
+    bias: bool = False
+    activation: str | None = None
     small: bool = False
 
     def begin(
@@ -319,6 +321,56 @@ BLOCK_CASES = [
     BlockCase("rectangular_5x48", Stored((52, 100), (5, 48), tiles=True, transposed=True)),
 ]
 
+# a linear layer's bias and activation, which block_matmul alone has
+LINEAR_CASES = [
+    BlockCase("bias", Stored((75, 110), (32, 32)), width=33, dense="mT", bias=True, small=True),
+    BlockCase("relu", Stored((80, 96), (16, 16), 2), batch=2, activation="relu", small=True),
+    BlockCase(
+        "bias_relu",
+        Stored((80, 112), (16, 16), 2, blocks="gaps"),
+        batch=2,
+        flip=True,
+        bias=True,
+        activation="relu",
+        small=True,
+    ),
+    BlockCase(
+        "bias_gelu",
+        Stored((70, 96), (32, 16), transposed=True),
+        dense="mT",
+        flip=True,
+        bias=True,
+        activation="gelu",
+        small=True,
+    ),
+    BlockCase(
+        "bias_gelu_tanh",
+        Stored((190, 200), (64, 64)),
+        width=130,
+        flip=True,
+        bias=True,
+        activation="gelu_tanh",
+    ),
+    BlockCase("gelu_tanh", Stored((40, 48), (16, 16)), activation="gelu_tanh", small=True),
+    BlockCase(
+        "bias_silu",
+        Stored((300, 260), (128, 128)),
+        batch=2,
+        share=True,
+        width=70,
+        bias=True,
+        activation="silu",
+    ),
+    BlockCase("silu", Stored((40, 48), (16, 16)), activation="silu", small=True),
+    BlockCase(
+        "bias_no_block",
+        Stored((64, 64), (16, 16), blocks="none"),
+        bias=True,
+        activation="gelu",
+        small=True,
+    ),
+]
+
 # a softmax has no other operand
 SOFTMAX_CASES = [
     c for c in BLOCK_CASES if not c.name.startswith("wi") and not c.poison and not c.share
@@ -327,12 +379,17 @@ SOFTMAX_CASES = [
 
 def build_block_matmul(case: BlockCase, dtype: torch.dtype, device: Device) -> Call:
     """`flip` asks for a transposed output."""
+    kwargs: dict[str, Any] = {"transposed_output": case.flip}
     make, pattern, values = case.begin("block_matmul", dtype, device)
     k = pattern.shape[1]
     x = make.normal(case.batch, pattern.num_patterns, k, case.width, how=case.dense)
     if case.poison:
         x = x.masked_fill(unread(pattern)[1][None, :, :, None], math.nan)
-    return Call((values, pattern, x), {"transposed_output": case.flip})
+    if case.bias:
+        kwargs["bias"] = make.normal(pattern.shape[0])
+    if case.activation is not None:
+        kwargs["activation"] = case.activation
+    return Call((values, pattern, x), kwargs)
 
 
 def build_sddmm(case: BlockCase, dtype: torch.dtype, device: Device) -> Call:
@@ -991,7 +1048,9 @@ SEQUENCE_CASES = [
 
 
 OPS: dict[str, list[Case]] = {
-    "block_matmul": [c.case("block_matmul", build_block_matmul) for c in BLOCK_CASES],
+    "block_matmul": [
+        c.case("block_matmul", build_block_matmul) for c in (*BLOCK_CASES, *LINEAR_CASES)
+    ],
     "sddmm": [c.case("sddmm", build_sddmm) for c in BLOCK_CASES],
     "block_softmax": [c.case("block_softmax", build_block_softmax) for c in SOFTMAX_CASES],
     "block_softmax_backward": [
