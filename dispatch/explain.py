@@ -78,8 +78,8 @@ class Explanation:
         need not be there: from the kernels' requirements alone.
 
         `triton` is the version there, by default the installed one or else 3.6; torch has
-        cuSPARSELt, and the operands of attention are aligned, contiguous, and of a size for which
-        each kernel has the memory.
+        cuSPARSELt, and the operands are aligned, contiguous, and of a size for which each kernel
+        has the memory.
 
         >>> import torch, sparse_layouts as sl
         >>> w = sl.bsr(torch.eye(64), block_size=16)
@@ -95,7 +95,7 @@ class Explanation:
                 capability=capability,
                 triton=version,
                 cusparselt=True,
-                tma=capability == (9, 0) and row_bytes > 0 and row_bytes % 16 == 0,
+                tma=capability == (9, 0) and row_bytes % 16 == 0,
             )
             ops.append(plan._replace(verdicts=verdicts(plan.op, facts), facts=facts))
         said = Explanation(self.call, None, ops, self.missing, self.dense_bytes, self.native)

@@ -38,7 +38,7 @@ def test_a_table_follows_the_kernel_table() -> None:
     def first(name: str) -> operations.Operation:
         return operations.operations(name)[0]
 
-    assert first("BSRTensor")[1:4] == ("`block_matmul`", "cpu", "triton")
+    assert first("BSRTensor")[1:4] == ("`block_matmul`", "cpu", "hopper in bf16; triton in fp32")
     assert first("GroupedNMTensor").gpu == "dense"
     attention = next(r for r in operations.operations("BSRTensor") if "attention" in r.written)
     assert attention.gpu == attention.gradients_gpu == "hopper in bf16; triton in fp32"

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sparse_layouts.band_masks import causal, sink_window, sliding_window
 from sparse_layouts.bigbird_tensor import TABLE_LENGTHS, bigbird
 from sparse_layouts.bsr_factory import bsr
 from sparse_layouts.csr_factory import csc, csr
+from sparse_layouts.document_masks import document
 from sparse_layouts.grouped_nm_tensor import grouped_nm
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.local_stride_tensor import local_stride
-from sparse_layouts.mask_factories import causal, document, sink_window, sliding_window
 from sparse_layouts.nm_factory import nm
 from sparse_layouts.sparsifiers import Magnitude
 
@@ -29,9 +30,10 @@ def sizes_that_fit(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, OverflowError, RuntimeError) as error:
+    except (MemoryError, OverflowError, RuntimeError, ValueError) as error:
         said = str(error).lower()
-        if isinstance(error, RuntimeError) and "memory" not in said and "overflow" not in said:
+        known = any(words in said for words in ("memory", "overflow", "maximum allowed size"))
+        if not known and not isinstance(error, (MemoryError, OverflowError)):
             raise
         raise ValueError(
             f"{what}: too large for this machine's memory; take smaller ones"
