@@ -198,6 +198,8 @@ def _describe(value: Any) -> str:
         return (
             f"{kind}[{', '.join(map(str, value.shape))}] {str(value.dtype).removeprefix('torch.')}"
         )
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return f"{type(value).__name__}({_describe(value[0])}, ...)"
     return (
         repr(value)
         if not isinstance(value, (tuple, list))

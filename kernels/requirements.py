@@ -67,6 +67,20 @@ def triton_attention(facts: Facts) -> str | None:
     return triton(facts) or _power_of_two_blocks(facts)
 
 
+def triton_fp8(facts: Facts) -> str | None:
+    """As `triton`, of compute capability 8.9 or newer, whose tensor cores multiply e4m3."""
+    reason = triton(facts)
+    if reason is None and facts.capability < (8, 9):
+        found = ".".join(map(str, facts.capability))
+        return f"needs compute capability 8.9 or newer, which multiplies 8 bits, found {found}"
+    return reason
+
+
+def triton_attention_fp8(facts: Facts) -> str | None:
+    """As `triton_attention`, of which facts.dtype is the result's, and `triton_fp8`."""
+    return triton_attention(facts) or triton_fp8(facts)
+
+
 def hopper_attention(facts: Facts) -> str | None:
     """As `triton_attention`, in fp16 or bf16, without a bias, on a GPU of compute capability 9.0,
     whose copy engine can read the operands.

@@ -61,7 +61,12 @@ from sparse_layouts.kernels import csr_softmax as _csr_softmax  # noqa: F401  is
 from sparse_layouts.kernels import grouped_nm as _grouped_nm  # noqa: F401  isort: skip
 from sparse_layouts.kernels import nm_matmul as _nm_matmul  # noqa: F401  isort: skip
 from sparse_layouts.kernels import nm_sddmm as _nm_sddmm  # noqa: F401  isort: skip
+from sparse_layouts.kernels.block_matmul import recall as _recall  # noqa: F401  isort: skip
 from sparse_layouts.kernels.block_attention.calls import attention  # isort: skip
+from sparse_layouts.kernels.block_attention_fp8.operands import (  # isort: skip
+    FP8Operand,
+    quantize_fp8,
+)
 from sparse_layouts.kernels.linear_layers import linear  # isort: skip
 from sparse_layouts.kernels.sddmm import sddmm  # isort: skip
 
@@ -88,6 +93,7 @@ __all__ = [
     "CSRTensor",
     "DenseFallbackError",
     "DenseFallbackWarning",
+    "FP8Operand",
     "GroupedNMTensor",
     "KeepAll",
     "LayoutTensor",
@@ -121,6 +127,7 @@ __all__ = [
     "local_stride",
     "mask_from",
     "nm",
+    "quantize_fp8",
     "roofline",
     "route",
     "save_safetensors",

@@ -39,9 +39,13 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Call:
-        """The same call with `change` applied to every tensor of floats."""
+        """The same call with `change` applied to every tensor of floats, and to every dtype as to
+        a tensor of it.
+        """
 
         def mapped(value: Any) -> Any:
+            if isinstance(value, torch.dtype):
+                return change(torch.zeros(0, dtype=value)).dtype
             return (
                 change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
             )
@@ -59,7 +63,9 @@ class Call(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The operands' dtype."""
+        """The dtype that is asked for, else the operands'."""
+        if "dtype" in self.kwargs:
+            return self.kwargs["dtype"]
         return next(t.dtype for t in self.tensors if t.is_floating_point())
 
     @property
