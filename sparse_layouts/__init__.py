@@ -7,7 +7,9 @@ attention as the mask, train it.
 torch.Size([64, 2])
 """
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 _root = Path(__file__).resolve().parent.parent
 if not (_root / "sparse_layouts" / "kernels").is_dir() and (_root / "pyproject.toml").is_file():
@@ -68,6 +70,21 @@ from sparse_layouts.kernels.block_attention_fp8.operands import (  # isort: skip
 from sparse_layouts.kernels.linear_layers import linear  # isort: skip
 from sparse_layouts.kernels.sddmm import sddmm  # isort: skip
 
+if TYPE_CHECKING:
+    from sparse_layouts.viewing.comparison import compare
+    from sparse_layouts.viewing.explorer import explore
+    from sparse_layouts.viewing.roofline import roofline
+
+_LOOKING = {"compare": "comparison", "explore": "explorer", "roofline": "roofline"}
+
+
+def __getattr__(name: str) -> Any:
+    """What people look at is imported when it is first asked for."""
+    if name not in _LOOKING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.viewing.{_LOOKING[name]}"), name)
+
+
 __all__ = [
     "BSRTensor",
     "BigBirdTensor",
@@ -93,10 +110,12 @@ __all__ = [
     "bsr",
     "bsr_mask",
     "causal",
+    "compare",
     "csc",
     "csr",
     "document",
     "explain",
+    "explore",
     "fallback",
     "grouped_nm",
     "kernel",
@@ -109,6 +128,7 @@ __all__ = [
     "mask_from",
     "nm",
     "quantize_fp8",
+    "roofline",
     "route",
     "save_safetensors",
     "sddmm",
