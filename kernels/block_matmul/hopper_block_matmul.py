@@ -112,6 +112,37 @@ def launch(
     )
 
 
+class Prepared:
+    """Calls on operands like these: all but addresses is settled."""
+
+    def __init__(
+        self, values: Tensor, pattern: BlockPattern, x: Tensor, out: Tensor, bias: Tensor | None
+    ) -> None:
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        settled = launch(values, pattern, x, out, bias, None, stream)
+        self._programs, self._device = settled.programs, x.device
+        self._packed = settled.pack(("counter_ptr", "bias_ptr"))
+
+    def __call__(self, values: int, x: int, out: int, bias: Tensor | None, stream: int) -> None:
+        """Writes to the address `out`."""
+        packed = self._packed
+        with packed.lock:
+            packed.describe("values_desc", values)
+            packed.describe("x_desc", x)
+            packed.describe("out_desc", out)
+            if bias is not None:
+                packed.point("bias_ptr", bias.data_ptr())
+            packed.point("counter_ptr", work_counter(self._device, stream).data_ptr())
+            packed.launch(self._programs, stream)
+
+
+def prepared(
+    values: Tensor, pattern: BlockPattern, x: Tensor, out: Tensor, bias: Tensor | None
+) -> Prepared:
+    """What launches `out = W @ x + bias` again."""
+    return Prepared(values, pattern, x, out, bias)
+
+
 def rows_by_length(pattern: BlockPattern) -> Tensor:
     """All block rows (pattern * Mb + row), those with the most blocks first; int32, made once for a
     pattern.

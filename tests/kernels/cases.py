@@ -470,8 +470,8 @@ HOPPER_CASES = [
     BlockCase(
         "hopper_gaps", Stored((384, 448), (64, 64), 2, blocks="gaps"), width=144, poison=True
     ),
-    BlockCase("hopper_power", Stored((512, 4096), (64, 64), blocks="power"), width=160, dense="mT"),
-    BlockCase("hopper_all", Stored((128, 256), (64, 64), blocks="all"), width=1032, flip=True),
+    BlockCase("hopper_power", Stored((512, 2048), (64, 64), blocks="power"), width=160, dense="mT"),
+    BlockCase("hopper_all", Stored((128, 256), (64, 64), blocks="all"), width=520, flip=True),
     BlockCase("hopper_one_block", Stored((128, 128), (128, 128), blocks="all"), width=176),
 ]
 # for products alone
