@@ -41,13 +41,18 @@ register_kernel(OP, "cpu", "sparse_layouts.kernels.sddmm.cpu:sddmm", requirement
 
 def facts(a: Tensor, b: Tensor, pattern: BlockPattern) -> Facts:
     """What the choice of a kernel depends on."""
-    (m, n), (bm, bn) = pattern.shape, pattern.block_size
     return facts_of(
         a,
         block_size=pattern.block_size,
         tma=capability_of(a.device) == (9, 0) and tma_readable(a) and tma_readable(b),
-        partial=pattern.tiles is not None or m % bm != 0 or n % bn != 0,
+        partial=is_partial(pattern),
     )
+
+
+def is_partial(pattern: BlockPattern) -> bool:
+    """Whether there may be blocks that are stored in part, or reach over the matrix's edge."""
+    (m, n), (bm, bn) = pattern.shape, pattern.block_size
+    return pattern.tiles is not None or m % bm != 0 or n % bn != 0
 
 
 def _launch(a: Tensor, b: Tensor, pattern: BlockPattern) -> Tensor:
