@@ -258,20 +258,17 @@ class ReorderedTensor(LayoutTensor):
     def describe(self) -> list[str]:
         """Short facts for the repr."""
         p = self.block_pattern
-        bm, bn = p.block_size
-        side = "" if self.axis == -2 else ", transposed"
-        text = [f"block ({bm}, {bn}){side}"]
+        text = [f"block {p.block_size}"]
         if type(p.col_indices) is not Tensor:
             return text  # being traced: there is nothing to count
-        text.append(f"{p.num_blocks} blocks")
         if p.device.type == "meta":
-            return text
+            return [*text, f"{p.num_blocks} blocks"]
         gain = self.gain
-        was = f"{gain.blocks_before} of {self.source_block}"
         return [
             *text,
             f"density {self.density:.2%}",
-            f"reordered from {was}",
+            *(["transposed"] if self.axis == -1 else []),
+            f"{p.num_blocks} blocks for {gain.blocks_before} of {self.source_block}",
             f"fill-in {gain.fill_in:.1%}",
             f"modelled gain {gain.speedup:.2f}x",
         ]

@@ -36,6 +36,8 @@ PATTERNS: dict[str, Make] = {
     "nothing stored": lambda: sl.bsr(torch.zeros(128, 128), 16),
     "no entries": lambda: sl.bsr_mask(torch.zeros(0, 3, dtype=torch.bool), 16),
     "no token": lambda: sl.causal(0, block_size=8),
+    "reordered": lambda: sl.reorder(sl.bsr(torch.randn(512, 256), 16, keep=sl.Magnitude(0.1)), 64),
+    "reordered, transposed": lambda: sl.reorder(sl.bsr(torch.randn(64, 30), (1, 5)), 16).mT,
     "csr": lambda: sl.csr(torch.randn(300, 130), keep=sl.Magnitude(0.05)),
     "csr, small": lambda: sl.csr(torch.randn(30, 20), keep=sl.Magnitude(0.2)).pattern,
     "csr, empty": lambda: sl.csr(torch.zeros(300, 130)),
@@ -54,6 +56,8 @@ PATTERNS: dict[str, Make] = {
 def matrices(layout: sl.LayoutTensor) -> list[torch.Tensor]:
     """The stored entries of each different head as a dense bool matrix."""
     pattern = layout.pattern.to_dense()
+    if isinstance(layout, sl.ReorderedTensor):  # drawn as it is stored
+        pattern = pattern.index_select(layout.axis, layout.row_order())
     pattern = pattern.flatten(0, -3) if pattern.dim() > 2 else pattern[None]
     own = pattern_of_heads(layout)
     first = {which: head for head, which in reversed(list(enumerate(own)))}
@@ -64,7 +68,10 @@ def cell_size(found: Cells, layout: sl.LayoutTensor) -> tuple[int, int]:
     """How many entries a cell has."""
     if found.of == "entry":
         return found.size
-    return found.size[0] * layout.block_size[0], found.size[1] * layout.block_size[1]
+    block = layout.block_size
+    if isinstance(layout, sl.ReorderedTensor) and layout.axis == -1:
+        block = block[::-1]
+    return found.size[0] * block[0], found.size[1] * block[1]
 
 
 def pooled(stored: torch.Tensor, cell: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
