@@ -176,7 +176,9 @@ def _of_reordered(layout: ReorderedTensor) -> Entries:
     down, across = layout.inner_row_order.long()[stored.rows], stored.columns
     if layout.axis == -1:
         down, across = across, down
-    return Entries(*_in_row_order(down, across, stored.slots, layout.matrix_shape), layout.matrix_shape)
+    return Entries(
+        *_in_row_order(down, across, stored.slots, layout.matrix_shape), layout.matrix_shape
+    )
 
 
 def _of_any(layout: LayoutTensor) -> Entries:

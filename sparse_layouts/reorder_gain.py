@@ -14,12 +14,14 @@ from sparse_layouts.dispatch.text import readable_bytes, text_table
 
 # The time of `W @ x` a column of x, in seconds: so much for every entry that there is room for, as
 # much again for this many rows over the block's height (the columns' part of x is read once a
-# block), and so much for every row that the product is put back in order. Fitted to 4096 x 4096
-# with 25% of blocks of 16 x 16 to 128 x 128 and 4096 columns in bf16 (one H200, 2026-11-20: 292,
-# 165, 108 and 86 us; this says 291, 168, 107 and 77), and to what such a GPU copies.
-ENTRY_S = 2.7e-15
-ROWS_AS_DEAR = 85
-ROW_S = 1e-12
+# block), so much for every row of the product, and once more to put the rows back in order. Fitted
+# to one H200 in bf16, 2026-11-26, torch 2.11: 4096 x 4096 by 4096 columns, in blocks 16 wide and 16,
+# 32, 64 and 128 high, took 291, 169, 118 and 104 us at 25% of the blocks (this says 288, 181, 126,
+# 99) and 83, 49, 42 and 39 at 5% (72, 51, 40, 35); to put the rows in another order took 21.
+ENTRY_S = 3.1e-15
+ROWS_AS_DEAR = 65
+ROW_S = 1.1e-12
+ORDER_S = 1.25e-12
 
 
 class ReorderGain(NamedTuple):
@@ -74,12 +76,13 @@ class ReorderGain(NamedTuple):
         return f"{table}\nmodelled: {self.speedup:.2f}x as fast{slower}"
 
 
-def modelled_seconds(blocks: int, block_size: tuple[int, int], reordered_rows: int = 0) -> float:
-    """The time of a product a column of x, of which so many rows are put back in order; see the
-    constants above.
-    """
+def modelled_seconds(
+    blocks: int, block_size: tuple[int, int], rows: int, reordered: bool = False
+) -> float:
+    """The time of a product a column of x, for this many rows; see the constants above."""
     each = ENTRY_S * (1 + ROWS_AS_DEAR / block_size[0])
-    return blocks * math.prod(block_size) * each + reordered_rows * ROW_S
+    more = ROW_S + ORDER_S if reordered else ROW_S
+    return blocks * math.prod(block_size) * each + rows * more
 
 
 def block_bytes(

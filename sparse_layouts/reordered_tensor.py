@@ -1,4 +1,4 @@
-"""ReorderedTensor: blocks of a matrix whose rows are stored in another order, like ones together."""
+"""ReorderedTensor: blocks of a matrix whose rows are stored in another order, like by like."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from sparse_layouts.reorder_gain import ReorderGain, block_bytes, modelled_secon
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
 
 class ReorderedTensor(LayoutTensor):
     """A block-sparse matrix whose rows are stored in another order, so that those which store the
@@ -44,10 +45,11 @@ class ReorderedTensor(LayoutTensor):
     The shape is (*batch, M, N), for axis -1 (*batch, N, M). Bit tiles say which entries of a block
     are stored: those that the source stored, so that fill-in stays 0 in training. A product is one
     of the blocks, with the rows of the result, or of the dense operand, taken in the other order.
-    Memory: nnzb * (bm * bn * itemsize + 16) + 4 * (Mb + Nb + 2) + 8 * M bytes, and the bit tiles.
+    Memory: nnzb * (bm * bn * itemsize + 12) + 4 * (Mb + Nb + 2) + 8 * M bytes; where blocks are
+    stored in part 4 bytes a block, and bm * ceil(bn / 32) * 4 for each different bit tile.
 
-    Made by `sl.reorder`, `w.gain` says what that brings; `validate()` raises `ValueError` for broken
-    tensors.
+    Made by `sl.reorder`; `w.gain` says what that brings. `validate()` raises `ValueError` for
+    broken tensors.
 
     >>> import torch, sparse_layouts as sl
     >>> w = sl.bsr(torch.tensor([[1.0, 2, 0, 0], [0, 0, 3, 4], [5, 6, 0, 0], [0, 0, 7, 8]]), (1, 2))
@@ -251,8 +253,8 @@ class ReorderedTensor(LayoutTensor):
             num_entries(p),
             block_bytes(p.shape, before, block, itemsize),
             p.num_blocks * math.prod(p.block_size) * itemsize + lists,
-            modelled_seconds(before, block),
-            modelled_seconds(p.num_blocks, p.block_size, p.shape[0]),
+            modelled_seconds(before, block, p.shape[0]),
+            modelled_seconds(p.num_blocks, p.block_size, p.shape[0], reordered=True),
         )
 
     def describe(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Groups of block rows that store the same columns, for `sl.reorder`: on the host, from the lists."""
+"""Groups of block rows that store the same columns, for `sl.reorder`: on the host, from lists."""
 
 from __future__ import annotations
 

@@ -64,6 +64,13 @@ def matrices(layout: sl.LayoutTensor) -> list[torch.Tensor]:
     return [pattern[first[which]] for which in dict.fromkeys(own)]
 
 
+def order_of_lines(layout: sl.LayoutTensor) -> str:
+    """What a picture says of lines that are not in the matrix's own order."""
+    if not isinstance(layout, sl.ReorderedTensor):
+        return ""
+    return f"{'rows' if layout.axis == -2 else 'columns'} in the order in which they are stored"
+
+
 def cell_size(found: Cells, layout: sl.LayoutTensor) -> tuple[int, int]:
     """How many entries a cell has."""
     if found.of == "entry":
@@ -90,7 +97,7 @@ def test_cells_hold_what_is_stored(name: str) -> None:
     layout = PATTERNS[name]()
     found = cells_of(layout, 100)
     assert not found.left_out
-    assert not found.note
+    assert found.note == order_of_lines(layout)
     expected = matrices(layout)
     panels = [p for p in found.panels if not p.label.startswith("upper left")]
     assert len(panels) == len(expected)
