@@ -15,8 +15,8 @@ from sparse_layouts.dispatch.text import readable_bytes, text_table
 # The time of `W @ x` a column of x, in seconds: so much for every entry that there is room for, as
 # much again for this many rows over the block's height (the columns' part of x is read once a
 # block), so much for every row of the product, and once more to put the rows back in order. Fitted
-# to one H200 in bf16, 2026-11-26, torch 2.11: 4096 x 4096 by 4096 columns, in blocks 16 wide and 16,
-# 32, 64 and 128 high, took 291, 169, 118 and 104 us at 25% of the blocks (this says 288, 181, 126,
+# to one H200 in bf16, 2026-11-26, torch 2.11: 4096 x 4096 by 4096 columns, blocks 16 wide and 16,
+# 32, 64 and 128 high, took 291, 169, 118 and 104 us at 25% of the blocks (this says 288, 180, 126,
 # 99) and 83, 49, 42 and 39 at 5% (72, 51, 40, 35); to put the rows in another order took 21.
 ENTRY_S = 3.1e-15
 ROWS_AS_DEAR = 65
