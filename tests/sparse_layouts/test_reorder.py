@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,11 +131,11 @@ def test_a_batch(fixed_seeds: None) -> None:
     assert torch.equal(w.grad.to_dense(), 2 * w.to_dense())
 
 
-def test_round_trips(tmp_path: object, fixed_seeds: None) -> None:
+def test_round_trips(tmp_path: Path, fixed_seeds: None) -> None:
     r = sl.reorder(on_blocks(shuffled(band(32, 32)), (4, 4)), 16)
-    torch.save({"w": r}, f"{tmp_path}/w.pt")
+    torch.save({"w": r}, tmp_path / "w.pt")
     for again in (
-        torch.load(f"{tmp_path}/w.pt", weights_only=True)["w"],
+        torch.load(tmp_path / "w.pt", weights_only=True)["w"],
         copy.deepcopy(r),
         r.clone(),
         r.mT.mT,
@@ -450,3 +452,29 @@ def test_validate(name: str) -> None:
     broken().validate()
     with pytest.raises(ValueError, match=message):
         broken(**changed).validate()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("block_size", [2**40, 2], r"'block_size': expected positive sizes of at most"),
+        ("source_block", [3, 2], r"source_block: expected one whose height divides"),
+        ("axis", 5, r"axis: expected -1 or -2"),
+    ],
+)
+def test_files_that_lie(tmp_path: Path, field: str, value: object, message: str) -> None:
+    pytest.importorskip("safetensors", reason="needs the extra safetensors")
+    import safetensors.torch
+
+    path = tmp_path / "w.safetensors"
+    r = broken()
+    sl.save_safetensors({"w": r}, path)
+    again = sl.load_safetensors(path)["w"]
+    assert again.same_pattern(r)
+    with safetensors.safe_open(path, framework="pt") as file:
+        records = json.loads(file.metadata()["sparse_layouts"])
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    records["layouts"]["w"]["static"][field] = value
+    safetensors.torch.save_file(tensors, path, {"sparse_layouts": json.dumps(records)})
+    with pytest.raises(ValueError, match=message):
+        sl.load_safetensors(path)
