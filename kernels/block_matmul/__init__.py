@@ -125,8 +125,20 @@ def multiply(
     """`activation(W @ x + bias)` with broadcasting over the leading dimensions, without autograd;
     bias (M,).
     """
-    values, pattern = layout.inner_values, layout.block_pattern
-    assert values is not None
+    assert layout.inner_values is not None
+    pattern = layout.block_pattern
+    return multiply_blocks(layout.inner_values, pattern, x, transposed_output, bias, activation)
+
+
+def multiply_blocks(
+    values: Tensor,
+    pattern: BlockPattern,
+    x: Tensor,
+    transposed_output: bool = False,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """The same of `values` (*batch, S, bm, bn) on a pattern."""
 
     def product_of_one(flat_values: Tensor, flat_x: Tensor) -> Tensor:
         return block_matmul_op(flat_values, pattern, flat_x, transposed_output, bias, activation)

@@ -71,7 +71,11 @@ def sample(a: Tensor, b: Tensor, mask: BSRTensor) -> BSRTensor:
     """`a @ b` at the mask's entries, without autograd; the dimensions before the mask's own are the
     batch.
     """
-    pattern = expand_heads(mask.block_pattern)
+    return mask.like_self(sampled_blocks(a, b, expand_heads(mask.block_pattern)))
+
+
+def sampled_blocks(a: Tensor, b: Tensor, pattern: BlockPattern) -> Tensor:
+    """The values (*batch, S, bm, bn) of `a @ b` on a pattern without a head map."""
     outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     width = len(pattern.lead)
     if width:
@@ -83,8 +87,7 @@ def sample(a: Tensor, b: Tensor, mask: BSRTensor) -> BSRTensor:
         return t.reshape(math.prod(batch), pattern.num_patterns, *t.shape[-2:])
 
     values = sddmm_op(flat(a), flat(b), pattern)
-    values = values.view(*batch, *values.shape[1:])
-    return mask.like_self(values)
+    return values.view(*batch, *values.shape[1:])
 
 
 def sddmm(a: Tensor, b: Tensor, mask: L) -> L:
