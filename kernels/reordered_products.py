@@ -55,36 +55,32 @@ def sample(a: Tensor, b: Tensor, mask: ReorderedTensor) -> ReorderedTensor:
     return mask.like_self(sddmm.sampled_blocks(a, b, mask.block_pattern))
 
 
-def _uses(layout: ReorderedTensor, x: Tensor) -> list[Use]:
+def _uses(layout: ReorderedTensor, x: Tensor, transposed_output: bool = False) -> list[Use]:
     values, pattern = layout.inner_values, layout.block_pattern
     assert values is not None
     flipped = transpose_pattern(pattern)
     if layout.axis == -1:
         values, pattern, flipped = values.mT, flipped, pattern
-    own = block_matmul.facts(values, pattern, x, x.stride(-1) != 1)
+    own = block_matmul.facts(values, pattern, x, transposed_output)
     uses = [Use("forward", block_matmul.OP, own)]
     if torch.is_grad_enabled() and x.requires_grad:
         turned = own._replace(block_size=flipped.block_size)
         uses.append(Use("gradient of the dense operand", block_matmul.OP, turned))
     if torch.is_grad_enabled() and layout.requires_grad:
-        sampled = own._replace(block_size=layout.block_size, columns=0, partial=partial(layout))
+        sampled = own._replace(
+            block_size=layout.block_size, columns=0, partial=sddmm.is_partial(layout.block_pattern)
+        )
         uses.append(Use("gradient of the layout's values", sddmm.OP, sampled))
     return uses
 
 
-def partial(layout: ReorderedTensor) -> bool:
-    """Whether a block may be stored in part."""
-    p = layout.block_pattern
-    (m, n), (bm, bn) = p.shape, p.block_size
-    return p.tiles is not None or m % bm != 0 or n % bn != 0
-
-
 def _uses_of_sample(a: Tensor, b: Tensor, mask: ReorderedTensor) -> list[Use]:
     own = sddmm.facts(a, b, mask.block_pattern)
+    product = own._replace(columns=columns_fact(a.shape[-1]), partial=False)
+    flipped = product._replace(block_size=own.block_size[::-1])
     uses = [Use("forward", sddmm.OP, own)]
-    for name, factor in (("a", a), ("b", b)):
+    for name, factor, gradient in (("a", a, product), ("b", b, flipped)):
         if torch.is_grad_enabled() and factor.requires_grad:
-            gradient = own._replace(columns=columns_fact(a.shape[-1]), partial=False)
             uses.append(Use(f"gradient of {name}", block_matmul.OP, gradient))
     return uses
 

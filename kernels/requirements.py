@@ -150,8 +150,8 @@ def hopper_attention_backward(facts: Facts) -> str | None:
 
 
 # Up to 32 columns, as powers of two count, the kernel for few columns is the faster one. One H200,
-# bf16, a quarter of the blocks of 64 stored, us of Hopper's kernel and of that one, 64 columns: 4096
-# x 4096 12.0 and 17.0, 8192 x 8192 25.7 and 21.7; with 128 11.3 and 16.7, 20.8 and 27.6
+# bf16, a quarter of the blocks of 64 stored, us of Hopper's kernel and of that one: 64 columns 12.0
+# and 17.0 (4096 x 4096), 25.7 and 21.7 (8192 x 8192), 128 columns 11.3 and 16.7, 20.8 and 27.6
 # (2026-11-26).
 HOPPER_COLUMNS = 64
 
