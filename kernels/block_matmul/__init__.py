@@ -30,6 +30,7 @@ from sparse_layouts.kernels.products import (
     Family,
     broadcast_product,
     columns_fact,
+    sixteenths_fact,
     tma_readable,
 )
 
@@ -37,6 +38,7 @@ OP = "block_matmul"
 _HERE = "sparse_layouts.kernels.block_matmul"
 for _name, _module, _requires in (
     ("triton_few_columns", "triton_few_columns", requirements.triton_few_columns),
+    ("dense_scratch", "triton_dense_scratch", requirements.dense_matmul),
     ("hopper", "hopper_block_matmul", requirements.hopper_block_matmul),
     ("triton", "triton_block_matmul", requirements.triton_blocks),
     ("cpu", "cpu", requirements.cpu),
@@ -58,6 +60,7 @@ def facts(
         and tma_readable(values)
         and tma_readable(x)
         and unbroken * values.element_size() % 16 == 0,
+        sixteenths=sixteenths_fact(pattern),
     )
 
 
@@ -139,12 +142,11 @@ def _uses(layout: BSRTensor, x: Tensor) -> list[Use]:
     pattern = layout.block_pattern
     own = facts(layout.inner_values, pattern, x, x.stride(-1) != 1)
     flipped = own._replace(block_size=own.block_size[::-1])
-    sampled = own._replace(columns=0)
     uses = [Use("forward", OP, own)]
     if torch.is_grad_enabled() and x.requires_grad:
         uses.append(Use("gradient of the dense operand", OP, flipped))
     if torch.is_grad_enabled() and layout.requires_grad:
-        uses.append(Use("gradient of the layout's values", "sddmm", sampled))
+        uses.append(Use("gradient of the layout's values", "sddmm", own))
     return uses
 
 
@@ -153,9 +155,7 @@ def _uses_of_sample(a: Tensor, b: Tensor, mask: BSRTensor) -> list[Use]:
     uses = [Use("forward", sddmm.OP, own)]
     for name, factor in (("a", a), ("b", b)):
         if torch.is_grad_enabled() and factor.requires_grad:
-            columns = columns_fact(a.shape[-1])
-            gradient = own._replace(columns=columns, partial=False)
-            uses.append(Use(f"gradient of {name}", OP, gradient))
+            uses.append(Use(f"gradient of {name}", OP, own._replace(partial=False)))
     return uses
 
 
