@@ -36,7 +36,9 @@ class Facts(NamedTuple):
     `lengths`, and bytes of the scores that a key head stores (`head_bytes`; 0 if few, and off
     Hopper). `tma`: whether Hopper's copy engine can read the operands and write the result (False
     off Hopper). `partial`: whether a sampled product's pattern has blocks that are stored in part,
-    or that reach over the matrix's edge.
+    or that reach over the matrix's edge. `sixteenths`: of a product's large block matrix, how many
+    sixteenths are stored, rounded down (0 for one of less than 2**22 entries). A sampled product's
+    `columns` are those that it contracts.
     """
 
     device: str
@@ -57,6 +59,7 @@ class Facts(NamedTuple):
     tma: bool = False
     head_bytes: int = 0
     partial: bool = False
+    sixteenths: int = 0
 
 
 Requires = Callable[[Facts], "str | None"]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.dispatch import Use, current, restored
 from sparse_layouts.layout_autograd import (
     apply,
@@ -346,3 +347,18 @@ def tma_readable(x: Tensor) -> bool:
 def columns_fact(columns: int) -> int:
     """Columns of the dense operand, rounded up to a power of two: lengths make no new choices."""
     return 1 << (columns - 1).bit_length() if columns > 0 else 0
+
+
+# The smallest matrix of blocks that is worth writing out densely.
+LARGE_ENTRIES = 2**22
+
+
+def sixteenths_fact(pattern: BlockPattern) -> int:
+    """Sixteenths of the entries of a pattern's matrices that stored blocks hold, rounded down; 0
+    for small matrices.
+    """
+    entries, patterns = math.prod(pattern.shape), pattern.num_patterns
+    if entries < LARGE_ENTRIES or patterns == 0:
+        return 0
+    stored = pattern.num_blocks * math.prod(pattern.block_size)
+    return min(16, 16 * stored // (entries * patterns))

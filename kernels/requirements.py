@@ -196,6 +196,57 @@ def hopper_sddmm(facts: Facts) -> str | None:
     return reason
 
 
+# Where the kernels on blocks lose to cuBLAS on a dense matrix in scratch memory: sixteenths of the
+# matrix that are stored, by the rows of a block. Microseconds of the former in bf16, 4096^3, one
+# H200, 2026-11-26: blocks of 16 at 25% W @ x 290, F.linear 464, sddmm 489; of 32 at 25% 168, 159,
+# 193; of 64 at 50% 139 and, sddmm, 155; of 128 at 50% 106 and 95; about linear in the density.
+# cuBLAS takes 162; writing W out moves 33 MB and what is stored (some 15 us), a pass over the
+# result 33 MB. By this sum, which is still to be measured as a whole, W @ x breaks even at 16% for
+# blocks of 16, 28% for 32, 67% for 64; sddmm at 9%, 23% and 58%; those of 128 never.
+DENSE_MATMUL_SIXTEENTHS = {16: 3, 32: 5, 64: 11}
+DENSE_SDDMM_SIXTEENTHS = {16: 2, 32: 4, 64: 10}
+# From here on (1025 columns, rounded up) multiplying the matrix takes longer than moving it.
+DENSE_SCRATCH_COLUMNS = 2048
+
+
+def _dense_scratch(facts: Facts, least: dict[int, int]) -> str | None:
+    reason = triton_floats(facts)
+    if reason is not None or _power_of_two_blocks(facts) is not None:
+        return reason  # for such blocks there is no other kernel
+    way = "computes densely in scratch memory"
+    if facts.capability != (9, 0) or facts.dtype not in (torch.float16, torch.bfloat16):
+        return (
+            f"{way}: beside other kernels only where it was measured, in float16 and bfloat16 at "
+            "compute capability 9.0 (H100, H200)"
+        )
+    rows = facts.block_size[0]
+    if rows not in least:
+        return f"{way}: never the faster one for blocks of {rows} rows"
+    if facts.sixteenths < least[rows]:
+        return (
+            f"{way}: the faster one where {least[rows]}/16 of a large matrix are stored in blocks "
+            f"of {rows} rows, here it is {facts.sixteenths}/16"
+        )
+    if facts.columns < DENSE_SCRATCH_COLUMNS:
+        return (
+            f"{way}: the faster one for {DENSE_SCRATCH_COLUMNS} or more columns of the dense "
+            f"operand, not for {facts.columns}"
+        )
+    return None
+
+
+def dense_matmul(facts: Facts) -> str | None:
+    """As `triton_floats`, for blocks that no other kernel takes, and where so much of a large
+    matrix is stored in small blocks that cuBLAS is the faster one in spite of the zeros.
+    """
+    return _dense_scratch(facts, DENSE_MATMUL_SIXTEENTHS)
+
+
+def dense_sddmm(facts: Facts) -> str | None:
+    """As `dense_matmul`, of the matrix that is sampled."""
+    return _dense_scratch(facts, DENSE_SDDMM_SIXTEENTHS)
+
+
 # Columns of the dense operand from which another way of reading W wins. MKL's CSR product reads W
 # once, but computes slowly: 4096 x 4096 at 2:4 in fp32, two cores of an EPYC 9004, 2026-11-21.
 MKL_COLUMNS = 32

@@ -30,12 +30,14 @@ from sparse_layouts.kernels.products import (
     Family,
     broadcast_product,
     columns_fact,
+    sixteenths_fact,
     tma_readable,
 )
 
 OP = "block_matmul"
 _HERE = "sparse_layouts.kernels.block_matmul"
 for _name, _module, _requires in (
+    ("dense_scratch", "triton_dense_scratch", requirements.dense_matmul),
     ("hopper", "hopper_block_matmul", requirements.hopper_block_matmul),
     ("triton_few_columns", "triton_few_columns", requirements.triton_few_columns),
     ("triton", "triton_block_matmul", requirements.triton_blocks),
@@ -58,6 +60,7 @@ def facts(
         and tma_readable(values)
         and tma_readable(x)
         and unbroken * values.element_size() % 16 == 0,
+        sixteenths=sixteenths_fact(pattern),
     )
 
 
@@ -151,7 +154,7 @@ def _uses(layout: BSRTensor, x: Tensor, transposed_output: bool = False) -> list
     pattern = layout.block_pattern
     own = facts(layout.inner_values, pattern, x, transposed_output)
     flipped = own._replace(block_size=own.block_size[::-1])
-    sampled = own._replace(columns=0, partial=sddmm.is_partial(pattern))
+    sampled = own._replace(partial=sddmm.is_partial(pattern))
     uses = [Use("forward", OP, own)]
     if torch.is_grad_enabled() and x.requires_grad:
         uses.append(Use("gradient of the dense operand", OP, flipped))
@@ -162,7 +165,7 @@ def _uses(layout: BSRTensor, x: Tensor, transposed_output: bool = False) -> list
 
 def _uses_of_sample(a: Tensor, b: Tensor, mask: BSRTensor) -> list[Use]:
     own = sddmm.facts(a, b, mask.block_pattern)
-    product = own._replace(columns=columns_fact(a.shape[-1]), partial=False)
+    product = own._replace(partial=False)
     flipped = product._replace(block_size=own.block_size[::-1])
     uses = [Use("forward", sddmm.OP, own)]
     for name, factor, gradient in (("a", a, product), ("b", b, flipped)):

@@ -21,6 +21,7 @@ from sparse_layouts.kernels.triton_common import (
     fitting_stages,
     input_precision,
     kernel_signature,
+    relaid,
 )
 
 # (columns of a tile, entries of K a step, warps, stages) by the rows of a tile, for 16-bit dtypes.
@@ -39,6 +40,8 @@ CONFIGS_FP32 = {16: (128, 32, 4, 2), 32: (128, 32, 4, 2), 64: (64, 32, 4, 2), 12
 CONFIGS_FP64 = {16: (64, 16, 4, 2), 32: (64, 16, 4, 2), 64: (64, 16, 4, 2), 128: (64, 16, 8, 2)}
 # Up to so many columns of x a tile has no more: a wider one would multiply mostly padding.
 NARROW = 32
+# From so many on, x is worth copying where blocks would read it in short pieces.
+MANY = 512
 
 
 # N and the strides are specialised (divisible by 16 or not: the width of a load), other sizes not.
@@ -162,7 +165,8 @@ def block_matmul(
     Shapes: `values` (B or 1, S, bm, bn), x (B or 1, P, K, N), any strides (0 where expanded); bias
     (M,); out (B, P, M, N), with `transposed_output` in the storage of a contiguous (B, P, N, M).
     bfloat16, float16, float32, float64; accumulates, adds and activates in float32 (float64 for
-    float64). float32 is read as tf32 where `torch.backends.cuda.matmul.fp32_precision` says so.
+    float64). float32 is read as tf32 where `torch.backends.cuda.matmul.fp32_precision` says so. An
+    x by columns is copied where small blocks would read it in short pieces (`relaid`).
     """
     p = pattern
     (m, k), (bm, bk), n = p.shape, p.block_size, x.shape[3]
@@ -173,6 +177,8 @@ def block_matmul(
         out = x.new_empty(batch, p.num_patterns, m, n)
     if out.numel() == 0 or p.num_blocks == 0:
         return finish_nothing(out, bias, activation)
+    if n >= MANY:
+        x = relaid(x, -1, bk, p.num_blocks // (p.num_patterns * p.grid[1]))
     precision = input_precision(x.dtype)
     constexprs, options = _config(x.dtype, p.block_size, n, precision)
     buffer_bytes = constexprs["TILE_K"] * (constexprs["TILE_M"] + constexprs["TILE_N"])

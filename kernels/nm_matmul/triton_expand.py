@@ -19,13 +19,6 @@ from torch import Tensor
 
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.nm_matmul.cpu import empty_result
-from sparse_layouts.kernels.nm_matmul.scratch_products import (
-    INTEGERS,
-    ScratchMatrices,
-    multiply_into,
-    pieces,
-    row_pitch,
-)
 from sparse_layouts.kernels.nm_matmul.triton_common import (
     COMPILED_NM,
     load_positions,
@@ -33,6 +26,13 @@ from sparse_layouts.kernels.nm_matmul.triton_common import (
     nm_constants,
     paired_values,
     tile_columns,
+)
+from sparse_layouts.kernels.scratch_products import (
+    INTEGERS,
+    ScratchMatrices,
+    multiply_into,
+    pieces,
+    row_pitch,
 )
 from sparse_layouts.kernels.triton_common import kernel_signature
 

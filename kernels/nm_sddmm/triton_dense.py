@@ -16,14 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_layouts.kernels.ahead_of_time import Compilation
-from sparse_layouts.kernels.nm_matmul.scratch_products import (
+from sparse_layouts.kernels.nm_matmul.triton_common import COMPILED_NM
+from sparse_layouts.kernels.scratch_products import (
     INTEGERS,
     ScratchMatrices,
     multiply_into,
     pieces,
     row_pitch,
 )
-from sparse_layouts.kernels.nm_matmul.triton_common import COMPILED_NM
 from sparse_layouts.kernels.triton_common import kernel_signature
 from sparse_layouts.nm_packing import position_bits
 

@@ -24,12 +24,18 @@ from sparse_layouts.dispatch import (
     run,
 )
 from sparse_layouts.kernels import requirements
-from sparse_layouts.kernels.products import tma_readable
+from sparse_layouts.kernels.products import columns_fact, sixteenths_fact, tma_readable
 from sparse_layouts.kernels.sddmm import reference
 from sparse_layouts.layout_tensor import LayoutTensor
 
 L = TypeVar("L", bound=LayoutTensor)
 OP = "sddmm"
+register_kernel(
+    OP,
+    "dense_scratch",
+    "sparse_layouts.kernels.sddmm.triton_dense_scratch:sddmm",
+    requirements.dense_sddmm,
+)
 register_kernel(
     OP, "hopper", "sparse_layouts.kernels.sddmm.hopper_sddmm:sddmm", requirements.hopper_sddmm
 )
@@ -44,8 +50,10 @@ def facts(a: Tensor, b: Tensor, pattern: BlockPattern) -> Facts:
     return facts_of(
         a,
         block_size=pattern.block_size,
+        columns=columns_fact(a.shape[-1]),
         tma=capability_of(a.device) == (9, 0) and tma_readable(a) and tma_readable(b),
         partial=is_partial(pattern),
+        sixteenths=sixteenths_fact(pattern),
     )
 
 

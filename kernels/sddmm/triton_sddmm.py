@@ -20,6 +20,7 @@ from sparse_layouts.kernels.triton_common import (
     fitting_stages,
     input_precision,
     kernel_signature,
+    relaid,
     stored_bits,
 )
 
@@ -36,6 +37,9 @@ CONFIGS_16_BIT = {
 # float32 as tf32, float32 in full (no tensor cores: registers are the limit), float64
 CONFIGS_TF32 = {16: (128, 32, 4, 3), 32: (128, 32, 4, 3), 64: (128, 32, 4, 3), 128: (128, 32, 8, 3)}
 CONFIGS_FP32 = {16: (128, 32, 4, 2), 32: (128, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2)}
+# From so many contracted entries on, b is worth copying where blocks would read it in short pieces.
+# (Of a, as many rows as a block has are read for 128 columns of b: an eighth of the traffic.)
+MANY = 512
 CONFIGS_FP64 = {16: (64, 16, 4, 2), 32: (64, 16, 4, 2), 64: (64, 16, 4, 2), 128: (64, 16, 8, 2)}
 
 
@@ -164,12 +168,15 @@ def sddmm(a: Tensor, b: Tensor, pattern: BlockPattern) -> Tensor:
     Shapes: a (B, P, M, K), b (B, P, K, N), any strides; values (B, S, bm, bn) contiguous, 0 where
     the pattern stores nothing. bfloat16, float16, float32, float64; accumulates in float32 (float64
     for float64). float32 is read as tf32 where `torch.backends.cuda.matmul.fp32_precision` says so.
+    A b by rows is copied where small blocks would read it in short pieces (`relaid`).
     """
     p = pattern
     (m, n), (bm, bn), batch, k = p.shape, p.block_size, a.shape[0], a.shape[3]
     values = a.new_empty(batch, p.num_blocks, bm, bn)
     if values.numel() == 0 or k == 0:
         return values.zero_()
+    if k >= MANY:
+        b = relaid(b, -2, bn, p.num_blocks // (p.num_patterns * p.grid[1]))
     constexprs, options = _config(a.dtype, p.block_size, input_precision(a.dtype))
     buffer_bytes = constexprs["TILE_K"] * (constexprs["TILE_M"] + constexprs["TILE_N"])
     buffer_bytes *= a.element_size()

@@ -207,13 +207,13 @@ def _extra_findings() -> Iterator[Finding]:
 
 def _typical_facts(device: str, dtype: torch.dtype, **machine: Any) -> Iterator[Facts]:
     """Calls of all kinds and widths: a kernel that could take none of them cannot run here."""
-    for columns, transposed, row_entries in itertools.product(
-        (1, 16, 64, 128, 512, 32768), (False, True), (16, 512)
+    for columns, transposed, row_entries, edge in itertools.product(
+        (1, 16, 64, 128, 512, 32768), (False, True), (16, 512), (64, 5)
     ):
         yield Facts(
             device,
             dtype,
-            block_size=(64, 64),
+            block_size=(edge, edge),
             head_dim=64,
             n_of_m=(2, 4),
             columns=columns,

@@ -342,6 +342,30 @@ BLOCK_CASES = [
     BlockCase("block5", Stored((33, 41), (5, 5), 2, tiles=True), batch=2, width=9),
     BlockCase("block24", Stored((100, 90), (24, 24)), dense="mT"),
     BlockCase("rectangular_5x48", Stored((52, 100), (5, 48), tiles=True, transposed=True)),
+    # edges that tensor cores cannot take
+    BlockCase("block8", Stored((72, 40), (8, 8), 2), batch=2, width=40, flip=True, small=True),
+    BlockCase("rows_of_32", Stored((41, 130), (1, 32), tiles=True), batch=3, width=70, small=True),
+    BlockCase("columns_of_32", Stored((100, 37), (32, 1), 2), values="mT", dense="mT", small=True),
+    BlockCase(
+        "rows_of_32_transposed",
+        Stored((130, 41), (32, 1), 2, tiles=True, transposed=True),
+        batch=2,
+        share=True,
+        flip=True,
+        small=True,
+    ),
+    BlockCase("single_entries", Stored((19, 23), (1, 1), blocks="gaps"), poison=True, small=True),
+    BlockCase(
+        "unread_nan_24",
+        Stored((130, 110), (24, 24), 2, blocks="gaps", tiles=True),
+        batch=2,
+        dense="step",
+        poison=True,
+        small=True,
+    ),
+    BlockCase("power_law_5", Stored((31, 403), (5, 7), blocks="power"), width=3, small=True),
+    BlockCase("no_block_12", Stored((36, 30), (12, 6), blocks="none"), small=True),
+    BlockCase("width_0_12", Stored((36, 30), (12, 6)), width=0, small=True),
 ]
 
 # a linear layer's bias and activation, which block_matmul alone has
@@ -385,6 +409,18 @@ LINEAR_CASES = [
         activation="silu",
     ),
     BlockCase("silu", Stored((40, 48), (16, 16)), activation="silu", small=True),
+    BlockCase(
+        "bias_gelu_5",
+        Stored((43, 31), (5, 5), 2, blocks="gaps"),
+        batch=2,
+        dense="mT",
+        flip=True,
+        bias=True,
+        activation="gelu",
+        poison=True,
+        small=True,
+    ),
+    BlockCase("bias_silu_1x32", Stored((50, 96), (1, 32)), width=70, bias=True, activation="silu"),
     BlockCase(
         "bias_no_block",
         Stored((64, 64), (16, 16), blocks="none"),

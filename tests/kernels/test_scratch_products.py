@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_layouts.kernels.nm_matmul import reference, scratch_products
-from sparse_layouts.kernels.nm_matmul.scratch_products import (
+from sparse_layouts.kernels import scratch_products
+from sparse_layouts.kernels.nm_matmul import reference
+from sparse_layouts.kernels.scratch_products import (
     ROW_BYTES,
     ScratchMatrices,
     multiply_into,
