@@ -15,15 +15,21 @@ from tests.kernels.accuracy import Arithmetic, Results
 from tests.kernels.cases import Call, Case, Device, Operands, random_source
 
 
-def random_indices(
+def random_positions(
     patterns: int, rows: int, groups: int, n: int, m: int, random: torch.Generator
 ) -> Tensor:
-    """Packed indices (P, M, W) of random n:m patterns; rows repeat after a while, for speed."""
+    """int64 (P, M, E) of random n:m patterns; rows repeat after a while, for speed."""
     drawn = min(rows, 97)
     order = torch.rand(patterns, drawn, groups, m, generator=random).argsort(-1)
     positions = order[..., :n].sort(-1)[0].reshape(patterns, drawn, groups * n)
-    which = torch.arange(rows) % max(drawn, 1)
-    return pack_positions(positions, m)[:, which]
+    return positions[:, torch.arange(rows) % max(drawn, 1)]
+
+
+def random_indices(
+    patterns: int, rows: int, groups: int, n: int, m: int, random: torch.Generator
+) -> Tensor:
+    """The same, packed: (P, M, W)."""
+    return pack_positions(random_positions(patterns, rows, groups, n, m, random), m)
 
 
 @dataclasses.dataclass(frozen=True)

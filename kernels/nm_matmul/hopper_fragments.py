@@ -1,0 +1,231 @@
+"""nm_matmul for few columns of x from entries that lie by fragments: how the Gluon kernel of
+`hopper_fragments_kernel.py` is tuned and launched.
+
+What limits such a product is the reading of the matrix: each entry is read once, in the order in
+which it lies, and goes to the tensor cores with nothing but registers in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sparse_layouts.kernels.ahead_of_time import Compilation
+from sparse_layouts.kernels.nm_matmul.cpu import empty_result
+from sparse_layouts.kernels.nm_matmul.hopper_fragments_kernel import (
+    HIGH,
+    WORDS,
+    X_WORDS,
+    nm_fragments_kernel,
+)
+from sparse_layouts.kernels.nm_matmul.triton_few_columns import processors
+from sparse_layouts.kernels.triton_common import DTYPE_NAMES, kernel_signature
+from sparse_layouts.nm_fragments import AXES, LANES, TILE_ROWS, unit_columns
+
+# The most columns of x that a launch takes; more are cut.
+MOST_COLUMNS = 64
+
+
+class Tuning(NamedTuple):
+    """Tiles of 16 rows a program, its warps, phases that are on their way, and parts of x."""
+
+    tiles: int
+    warps: int
+    stages: int
+    x_stages: int
+
+
+# By eights of columns, the most tiles first: what a program shares of x grows with its tiles, and
+# fewer programs than multiprocessors read more slowly.
+TUNINGS = {
+    1: [Tuning(2, 8, 4, 4), Tuning(1, 8, 7, 4)],
+    2: [Tuning(2, 8, 3, 3), Tuning(1, 8, 6, 3)],
+    4: [Tuning(4, 8, 3, 2), Tuning(2, 8, 5, 2)],
+    8: [Tuning(4, 8, 2, 2), Tuning(2, 8, 4, 2)],
+}
+# Programs that are enough, of multiprocessors.
+ENOUGH = 0.75
+# Whether a launch may begin while the kernel before it ends.
+EARLY = True
+
+
+def nm_matmul(
+    values: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    *,
+    n: int,
+    m: int,
+    transposed: bool = False,
+    transposed_output: bool = False,
+) -> Tensor:
+    """`out[b, p] = W[b, p] @ x[b, p]` as the reference's `nm_matmul` defines it, without
+    `transposed`, in bf16 or fp16; values and indices lie by fragments, indices (P, M / 16, W).
+
+    Of 2:4 an entry of x that no stored entry meets is not read: NaN there is not seen. Of the
+    others it is multiplied by 0.
+    """
+    assert not transposed, "the table chooses another kernel"
+    patterns, rows, entries = values.shape[1:]
+    shared, samples, columns = values.shape[0] == 1, x.shape[0], x.shape[3]
+    batch = samples if shared else values.shape[0]
+    out = empty_result(x, batch, rows, transposed_output)
+    if out.numel() == 0 or entries == 0:
+        return out.zero_()
+    with torch.cuda.device_of(x):
+        for p in range(patterns):
+            if shared and patterns == 1 and transposed_output:  # all samples as one matrix
+                rows_of_x = x[:, 0].mT.reshape(samples * columns, x.shape[2])
+                wide = out[:, 0].mT.view(samples * columns, rows).mT
+                _columns_by_columns(wide, values[0, 0], indices[0], rows_of_x, n, m)
+                continue
+            for b in range(batch):
+                own = values[0 if shared else b, p]
+                sample = x[b if samples > 1 else 0, p].mT
+                _columns_by_columns(out[b, p], own, indices[p], sample, n, m)
+    return out
+
+
+def _columns_by_columns(
+    out: Tensor, values: Tensor, indices: Tensor, x: Tensor, n: int, m: int
+) -> None:
+    """Writes `W @ x.mT` to out (M, N), any strides; x (N, K)."""
+    values, indices, x = _aligned(values), _aligned(indices), _rows(x)
+    for first in range(0, x.shape[0], MOST_COLUMNS):
+        at = slice(first, first + MOST_COLUMNS)
+        _launch(out[:, at], values, indices, x[at], n, m).run()
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """Contiguous memory from a multiple of 16 bytes on."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x (N, K) as the copy engine reads it: rows without gaps from multiples of 16 bytes on."""
+    apart = x.shape[0] == 1 or x.stride(0) * x.element_size() % 16 == 0
+    if x.stride(1) == 1 and apart and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+class Launch(NamedTuple):
+    """A launch of the kernel: how many programs, the arguments by name, constants and options."""
+
+    programs: int
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        """Launches through Triton."""
+        nm_fragments_kernel[(self.programs,)](**self.arguments, **self.options)
+
+
+def _launch(out: Tensor, values: Tensor, indices: Tensor, x: Tensor, n: int, m: int) -> Launch:
+    (rows, entries), (columns, width) = values.shape, x.shape
+    tiles, units, chunks = rows // TILE_ROWS, width // unit_columns(n, m), unit_columns(n, m) // 64
+    eights = eights_of(columns)
+    enough = ENOUGH * processors(x.device)
+    tuning = next((t for t in TUNINGS[eights] if tiles >= enough * t.tiles), TUNINGS[eights][-1])
+    own, x_words = values.view(torch.int32), x.view(torch.int32)
+    words = indices.shape[1]
+    warps, height = tuning.warps, tuning.tiles
+    high = None
+    if m == 8:
+        rest = indices.view(-1)[units * LANES :]
+        high = _described(rest, [tiles, units, 16], [words, 16, 1], [height, warps, 16], HIGH)
+    row = x_words.stride(0) if columns > 1 else width // 2
+    x_block, x_steps = [warps, 1, 8, 32], [32 * chunks, 32, row, 1]
+    arguments = {
+        "values_desc": _described(
+            own, [tiles, 8 * units, 32], [256 * units, 32, 1], [height, 8 * warps, 32], WORDS
+        ),
+        "words_desc": _described(
+            indices, [tiles, units, 32], [words, 32, 1], [height, warps, 32], WORDS
+        ),
+        "high_desc": high,
+        "x_desc": _described(x_words, [units, chunks, columns, 32], x_steps, x_block, X_WORDS),
+        "out_ptr": out,
+        "values_ptr": own,
+        "words_ptr": indices,
+        "M": rows,
+        "N": columns,
+        "units": units,
+        "phases": triton.cdiv(units, warps),
+        "stride_words_tile": words,
+        "stride_out_m": out.stride(0),
+        "stride_out_n": out.stride(1),
+    }
+    constexprs, options = _constants(tuning, n, m, eights)
+    return Launch(triton.cdiv(tiles, height), arguments, constexprs | options)
+
+
+def eights_of(columns: int) -> int:
+    """Eights of columns that a program works on: 1, 2, 4 or 8."""
+    return triton.next_power_of_2(triton.cdiv(columns, 8))
+
+
+def _described(
+    base: Tensor, shape: list[int], strides: list[int], block: list[int], layout: Any
+) -> TensorDescriptor:
+    return TensorDescriptor(base, shape, strides, block, layout.value)
+
+
+def _constants(
+    tuning: Tuning, n: int, m: int, eights: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    constexprs = {
+        "STORED": n,
+        "OF": m,
+        "TILES": tuning.tiles,
+        "WARPS": tuning.warps,
+        "STAGES": tuning.stages,
+        "X_STAGES": tuning.x_stages,
+        "NT": eights,
+        "EARLY": EARLY,
+    }
+    return constexprs, {"num_warps": tuning.warps, "launch_pdl": EARLY}
+
+
+def compilations() -> Iterator[Compilation]:
+    """Every tuning of every n:m, and fp16."""
+    for eights, tunings in TUNINGS.items():
+        for tuning in tunings:
+            for n, m in AXES:
+                yield _compilation(torch.bfloat16, n, m, eights, tuning)
+    for n, m in AXES:
+        yield _compilation(torch.float16, n, m, 1, TUNINGS[1][0])
+
+
+def _compilation(dtype: torch.dtype, n: int, m: int, eights: int, tuning: Tuning) -> Compilation:
+    constexprs, options = _constants(tuning, n, m, eights)
+    height, warps = tuning.tiles, tuning.warps
+
+    def described(block: list[int], layout: Any) -> str:
+        return f"tensordesc<i32{block},{layout.value!r}>"
+
+    given = {
+        "values_desc": described([height, 8 * warps, 32], WORDS),
+        "words_desc": described([height, warps, 32], WORDS),
+        "high_desc": described([height, warps, 16], HIGH),
+        "x_desc": described([warps, 1, 8, 32], X_WORDS),
+        "out_ptr": f"*{DTYPE_NAMES[dtype]}",
+    }
+    if m == 4:
+        del given["high_desc"]
+        constexprs["high_desc"] = None
+    return Compilation(
+        f"nm_fragments[{n}:{m},{DTYPE_NAMES[dtype]},{8 * eights},{height}]",
+        nm_fragments_kernel,
+        kernel_signature(nm_fragments_kernel, given, constexprs),
+        constexprs,
+        options,
+        90,
+        90,
+    )
