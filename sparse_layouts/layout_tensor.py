@@ -268,6 +268,12 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
         """
         return self
 
+    def in_order_of(self: L, like: LayoutTensor) -> L:
+        """This layout, its values stored in the order of those of `like`, which has the same
+        pattern; not differentiable. Itself, unless a layout knows of several orders.
+        """
+        return self
+
     def validate(self) -> None:
         """Raises `ValueError` naming the first broken invariant; a layout adds its own."""
 

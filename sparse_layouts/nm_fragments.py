@@ -24,6 +24,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sparse_layouts import opaque
+from sparse_layouts.derived import derived
+from sparse_layouts.nm_packing import pack_positions, unpack_positions, words_per_row
+
+# the orders of an NMTensor's entries
+ROWS, FRAGMENTS = ORDERS = ("rows", "fragments")
 TILE_ROWS = 16
 UNIT_ENTRIES = 32
 LANES = 32
@@ -143,3 +149,43 @@ def _bits(
         for q, i, r, h, odd in itertools.product(twos, twos, twos, twos, twos):
             bit = 8 * (2 * r + h) + 7 - (4 * odd + 2 * q + i)
             yield high, placed[..., q, :, odd::2, i, r, h], 2, 1, bit
+
+
+def fragment_indices(indices: Tensor, n: int, m: int, columns: int) -> Tensor:
+    """int32 (P, M / 16, W') by fragments, of indices (P, M, W) row by row."""
+    return _fragment_indices_op(indices, n, m, columns)
+
+
+def row_indices(words: Tensor, n: int, m: int, columns: int) -> Tensor:
+    """int32 (P, M, W) row by row, of words (P, M / 16, W') by fragments: kept with these, so that a
+    call does not unpack them again.
+    """
+    if not opaque.is_eager(words):
+        return _row_indices_op(words, n, m, columns)
+    key = ("row by row", n, m, columns)
+    return derived((words,), key, lambda: _row_indices_op(words, n, m, columns))
+
+
+def _to_fragments(indices: Tensor, n: int, m: int, columns: int) -> Tensor:
+    return pack_fragments(unpack_positions(indices, n, m, columns), n, m)
+
+
+def _shape_of_fragments(indices: Tensor, n: int, m: int, columns: int) -> Tensor:
+    words = columns // unit_columns(n, m) * words_per_unit(m)
+    return indices.new_empty(indices.shape[0], indices.shape[1] // TILE_ROWS, words)
+
+
+def _to_rows(words: Tensor, n: int, m: int, columns: int) -> Tensor:
+    return pack_positions(unpack_fragments(words, n, m, columns), m)
+
+
+def _shape_of_rows(words: Tensor, n: int, m: int, columns: int) -> Tensor:
+    patterns, tiles, _ = words.shape
+    return words.new_empty(patterns, tiles * TILE_ROWS, words_per_row(columns // m * n, m))
+
+
+_SIGNATURE = "Tensor indices, int n, int m, int columns"
+_fragment_indices_op = opaque.define(
+    "nm_fragment_indices", _SIGNATURE, _to_fragments, _shape_of_fragments
+)
+_row_indices_op = opaque.define("nm_row_indices", _SIGNATURE, _to_rows, _shape_of_rows)

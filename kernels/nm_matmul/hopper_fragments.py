@@ -24,11 +24,9 @@ from sparse_layouts.kernels.nm_matmul.hopper_fragments_kernel import (
     nm_fragments_kernel,
 )
 from sparse_layouts.kernels.nm_matmul.triton_few_columns import processors
+from sparse_layouts.kernels.requirements import FRAGMENT_COLUMNS
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES, kernel_signature
-from sparse_layouts.nm_fragments import AXES, LANES, TILE_ROWS, unit_columns
-
-# The most columns of x that a launch takes; more are cut.
-MOST_COLUMNS = 64
+from sparse_layouts.nm_fragments import AXES, FRAGMENTS, LANES, TILE_ROWS, unit_columns
 
 
 class Tuning(NamedTuple):
@@ -63,6 +61,7 @@ def nm_matmul(
     m: int,
     transposed: bool = False,
     transposed_output: bool = False,
+    order: str = FRAGMENTS,
 ) -> Tensor:
     """`out[b, p] = W[b, p] @ x[b, p]` as the reference's `nm_matmul` defines it, without
     `transposed`, in bf16 or fp16; values and indices lie by fragments, indices (P, M / 16, W).
@@ -71,6 +70,7 @@ def nm_matmul(
     others it is multiplied by 0.
     """
     assert not transposed, "the table chooses another kernel"
+    assert order == FRAGMENTS, "the table chooses another kernel"
     patterns, rows, entries = values.shape[1:]
     shared, samples, columns = values.shape[0] == 1, x.shape[0], x.shape[3]
     batch = samples if shared else values.shape[0]
@@ -96,8 +96,8 @@ def _columns_by_columns(
 ) -> None:
     """Writes `W @ x.mT` to out (M, N), any strides; x (N, K)."""
     values, indices, x = _aligned(values), _aligned(indices), _rows(x)
-    for first in range(0, x.shape[0], MOST_COLUMNS):
-        at = slice(first, first + MOST_COLUMNS)
+    for first in range(0, x.shape[0], FRAGMENT_COLUMNS):
+        at = slice(first, first + FRAGMENT_COLUMNS)
         _launch(out[:, at], values, indices, x[at], n, m).run()
 
 
@@ -128,7 +128,7 @@ class Launch(NamedTuple):
 
 
 def _launch(out: Tensor, values: Tensor, indices: Tensor, x: Tensor, n: int, m: int) -> Launch:
-    (rows, entries), (columns, width) = values.shape, x.shape
+    rows, (columns, width) = values.shape[0], x.shape
     tiles, units, chunks = rows // TILE_ROWS, width // unit_columns(n, m), unit_columns(n, m) // 64
     eights = eights_of(columns)
     enough = ENOUGH * processors(x.device)

@@ -197,9 +197,7 @@ def _multiply(
     """The sums of a tile with the products of the c-th 64 columns of its unit added."""
     SPARSE: gl.constexpr = STORED == 2 and OF == 4
     WIDTH: gl.constexpr = 2 if NT > 1 else 1
-    ASM: gl.constexpr = (
-        sparse_products(WIDTH, KIND) if SPARSE else dense_products(WIDTH, KIND)
-    )
+    ASM: gl.constexpr = sparse_products(WIDTH, KIND) if SPARSE else dense_products(WIDTH, KIND)
     INPUTS: gl.constexpr = 2 + WIDTH
     REGISTERS: gl.constexpr = operands("=&f", 1, "r", INPUTS, "f", 1)
     if SPARSE:
