@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import attention, bigbird, cpu, gpu, gpu_layouts, layouts, report
+from benchmarks import attention, bigbird, cpu, gpu_layouts, layouts, matmul, report
 from benchmarks.timing import Row, selected
 from sparse_layouts import info
 
@@ -74,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with_cpu = options.device != "cuda"
     known = [*cpu.NAMES, *layouts.NAMES, *bigbird.NAMES] if with_cpu else []
     if with_gpu:
-        known += [*gpu.NAMES, *gpu_layouts.NAMES, *attention.names(options.quick)]
+        known += [*matmul.names(options.quick), *gpu_layouts.NAMES]
+        known += attention.names(options.quick)
     if options.list:
         print("\n".join(known))
         return 0
@@ -98,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     if with_gpu:
         deadline = begin + 60 * options.minutes
-        rows += gpu.run(options.only, options.quick, tell, deadline)
+        products = matmul.Run(tell=tell, deadline=deadline, quick=options.quick)
+        rows += matmul.run(options.only, products)
         rows += gpu_layouts.run(options.only, options.quick, tell, deadline)
         run = attention.Run(tell=tell, deadline=deadline, quick=options.quick)
         rows += attention.run(options.only, run)

@@ -4,7 +4,8 @@ Every case is compared with float64 first, and a wrong one gets no number. Then 
 with cuDNN's dense attention, FlexAttention, dkernel and FlashAttention-4, where they are on
 `sys.path` or installed. TFLOP/s are effective: 4 * D a stored pair of query and key forward, 2.5
 times that backward, diagonal blocks counted by token. Backward is `torch.autograd.grad` on a
-retained graph. Ratios within one run are what can be compared.
+retained graph. Ratios within one run are what can be compared. Rows in 8 bits (`--only FP8`) say
+what they lose against float64 and against 16 bits.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 
 import sparse_layouts as sl
 from benchmarks import attention_calls as calls
+from benchmarks import attention_fp8 as fp8
 from benchmarks import attention_rivals as rivals
 from benchmarks import report
 from benchmarks.attention_cases import (
@@ -51,7 +53,7 @@ ROUNDS, REP_MS = 3, 60
 DIFFERS = 0.02  # two kernels in 16 bits differ by less
 FLEX_SECONDS = 10.0  # for a direction's candidates
 PREPARING_SHARE = 0.35  # of the time there is, at most
-SHORT = {CUDNN: "cuDNN", FLASH2: "FA2", FLASH4: "FA4", FLEX: "Flex"}
+SHORT = {CUDNN: "cuDNN", FLASH2: "FA2", FLASH4: "FA4", FLEX: "Flex", fp8.IN_16_BITS: "bf16"}
 HEAD = ("row", "density", "time", "TFLOP/s", "of cuDNN", "against", "bar", "holds")
 
 
@@ -72,9 +74,10 @@ class Run(NamedTuple):
 
 
 def names(quick: bool) -> list[str]:
-    """The rows there are: what calls cost, then each case forward and backward."""
+    """The rows there are: what calls cost, each case forward and backward, then 8 bits."""
     cases = QUICK_CASES if quick else CASES
-    return [*calls.NAMES, *(f"{case.name} {d}" for case in cases for d in DIRECTIONS)]
+    of_cases = (f"{case.name} {d}" for case in cases for d in DIRECTIONS)
+    return [*calls.NAMES, *of_cases, *fp8.names(quick)]
 
 
 def run(only: Sequence[str], how: Run) -> list[Row]:
@@ -101,6 +104,7 @@ def run(only: Sequence[str], how: Run) -> list[Row]:
             continue
         add(guarded_rows(case.name, how.device, measure(case, directions, how, broken)))
         torch.cuda.empty_cache()
+    add(fp8.run(only, how.quick, how.tell, how.deadline, how.device, **effort(how.quick)))
     if how.quick:
         for row in rows:
             row.bar = None  # bars are for full sizes
@@ -226,6 +230,11 @@ def right(
     return variant
 
 
+def effort(quick: bool) -> dict[str, int]:
+    """How often everything is timed."""
+    return {"rounds": 1, "rep_ms": 5} if quick else {"rounds": ROUNDS, "rep_ms": REP_MS}
+
+
 def time_row(
     case: Case,
     row: Row,
@@ -235,10 +244,10 @@ def time_row(
     how: Run,
 ) -> None:
     """Times a row and its rivals in turns."""
-    effort = {"rounds": 1, "rep_ms": 5} if how.quick else {"rounds": ROUNDS, "rep_ms": REP_MS}
+    repeats = effort(how.quick)
     every: dict[str, Callable[[], Any]] = {OURS: mine.run(direction)}
     every |= {name: variant.run(direction) for name, variant in variants.items()}
-    times = gpu_times(every, **effort)
+    times = gpu_times(every, **repeats)
     row.timing = times.pop(OURS)
     row.rivals = times
     if CUDNN in times and row.flops is not None:
@@ -249,7 +258,7 @@ def time_row(
         if failed:
             row.notes.append(f"no CUDA graph: {failed}")
             return
-        row.graph = gpu_times({"": replay}, **effort)[""]
+        row.graph = gpu_times({"": replay}, **repeats)[""]
         assert row.flop is not None
         row.notes.append(
             f"in a CUDA graph {report.in_unit(row.graph.median_s)}, "

@@ -390,8 +390,8 @@ CASES = (
     _case("D 96", STRIDE_8, (2, 16, 8192, 96, 64), flex=FLEX_64[:2]),
     _case("D 192", STRIDE_8, (2, 16, 8192, 192, 64), flex=FLEX_64[1:2]),
     _case("D 256", STRIDE_8, (2, 8, 8192, 256, 64), flex=FLEX_64[1:2]),
-    # Packed variable lengths, dropout and fp8 belong here, once a case says more than a mask: the
-    # call is `attention_rivals.ours`, the reference in `attention.check`.
+    # Packed variable lengths and dropout belong here, once a case says more than a mask: the call
+    # is `attention_rivals.ours`, the reference in `attention.check`.
 )
 QUICK_CASES = (
     _case("A0", LocalStride(2, 4), (1, 4, 512, 64, 64), rivals=LOCAL, flex=(_DEFAULT,)),

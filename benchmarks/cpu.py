@@ -221,14 +221,10 @@ def overhead(effort: Effort, tell: Callable[[str], None]) -> list[Row]:
     dense = torch.randn(64, 64, generator=draw) * kept
     w, x = sl.bsr(dense, 16), torch.randn(64, 8, generator=draw)
     w_grad, x_grad = w.detach().requires_grad_(), x.clone().requires_grad_()
-    kernel = choose(block_matmul.OP, block_matmul.facts(w.values(), w.block_size))
+    values, pattern, operand = w.values()[None], w.block_pattern, x[None, None]
+    kernel = choose(block_matmul.OP, block_matmul.facts(values, pattern, operand))
     assert kernel is not None
-    launcher, values, pattern, operand = (
-        kernel.function,
-        w.values()[None],
-        w.block_pattern,
-        x[None, None],
-    )
+    launcher = kernel.function
 
     def launch() -> Tensor:
         return launcher(values, pattern, operand, transposed_output=False)

@@ -6,7 +6,7 @@ import datetime
 import importlib.util
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,7 +16,9 @@ from sparse_layouts.dispatch.text import text_table
 
 NARROWEST = 120
 HEAD = ("row", "density", "time", "GFLOP/s", "against", "bar", "holds")
-ON_THE_RIGHT = ("density", "time", "GFLOP/s", "TFLOP/s", "of cuDNN", "bar")
+ON_THE_RIGHT = (
+    *("density", "time", "call", "graph", "GFLOP/s", "TFLOP/s", "of cuDNN", "ceiling", "bar"),
+)
 
 
 def commit() -> str | None:
@@ -167,12 +169,18 @@ def write(
     name: str,
     rows: Sequence[Row],
     where: dict[str, Any],
+    table: Callable[[Sequence[Row], TextIO], None] | None = None,
     **more: Any,
 ) -> None:
-    """`name`.json, with where and on what the rows were measured, and `name`.txt, the table."""
+    """`name`.json, with where and on what the rows were measured, and `name`.txt, the table, which
+    `table` prints if given.
+    """
     content = {**where, **more, "rows": [row.as_json() for row in rows]}
     text = json.dumps(content, indent=2) + "\n"
     (folder / f"{name}.json").write_text(text, encoding="utf-8")
     with (folder / f"{name}.txt").open("w", encoding="utf-8") as file:
-        print_table(rows, file, 160)
+        if table is None:
+            print_table(rows, file, 160)
+        else:
+            table(rows, file)
     print(f"written: {folder / name}.json and {name}.txt")

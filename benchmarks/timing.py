@@ -146,11 +146,14 @@ def forward_of(function: Callable[..., Tensor], leaves: Sequence[Tensor]) -> Cal
 def backward_of(
     function: Callable[..., Tensor], leaves: Sequence[Tensor], dout: Tensor
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """Backward alone, on a graph that is kept."""
-    out = function(*leaves)
+    """Backward alone, on a graph that is kept, of leaves that no other graph has: theirs may live
+    on another stream, which a capture cannot wait for.
+    """
+    own = [leaf.detach().requires_grad_(leaf.requires_grad) for leaf in leaves]
+    out = function(*own)
 
     def run() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        return torch.autograd.grad(out, own, dout, retain_graph=True)
 
     return run
 

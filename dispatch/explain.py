@@ -10,18 +10,31 @@ import torch
 from sparse_layouts.dispatch import settings
 from sparse_layouts.dispatch.faces import Function, name_of
 from sparse_layouts.dispatch.fallback import free_bytes, layouts_in, route_missing
-from sparse_layouts.dispatch.kernel_table import KERNELS, Verdict, verdicts
+from sparse_layouts.dispatch.kernel_table import (
+    KERNELS,
+    Facts,
+    Verdict,
+    triton_version,
+    verdicts,
+)
 from sparse_layouts.dispatch.layout import dense_bytes
 from sparse_layouts.dispatch.routes import ROUTES, Match, matches
-from sparse_layouts.dispatch.text import html_table, readable_bytes, text_table
+from sparse_layouts.dispatch.text import (
+    folded,
+    html_table,
+    readable_bytes,
+    terminal_width,
+    text_table,
+)
 
 
 class OpPlan(NamedTuple):
-    """An op of the call: what for, and every kernel's verdict."""
+    """An op of the call: what for, every kernel's verdict, and the facts that it rests on."""
 
     purpose: str
     op: str
     verdicts: list[Verdict]
+    facts: Facts
 
 
 class Explanation:
@@ -58,6 +71,64 @@ class Explanation:
             return chosen[0] if chosen else "dense fallback"
         return ""
 
+    def on_gpu(
+        self, capability: tuple[int, int], triton: tuple[int, ...] | None = None
+    ) -> Explanation:
+        """The same call as if its operands were on an NVIDIA GPU of this compute capability, which
+        need not be there: from the kernels' requirements alone.
+
+        `triton` is the version there, by default the installed one or else 3.6; torch has
+        cuSPARSELt, and the operands are aligned, contiguous, and of a size for which each kernel
+        has the memory.
+
+        >>> import torch, sparse_layouts as sl
+        >>> w = sl.bsr(torch.eye(64), block_size=16)
+        >>> sl.explain(torch.matmul, w, torch.ones(64, 2)).on_gpu((9, 0)).kernel
+        'triton'
+        """
+        version = triton or triton_version() or (3, 6, 0)
+        ops = []
+        for plan in self.ops:
+            row_bytes = plan.facts.head_dim * plan.facts.dtype.itemsize
+            facts = plan.facts._replace(
+                device="cuda",
+                capability=capability,
+                triton=version,
+                cusparselt=True,
+                tma=capability == (9, 0) and row_bytes % 16 == 0,
+            )
+            ops.append(plan._replace(verdicts=verdicts(plan.op, facts), facts=facts))
+        said = Explanation(self.call, None, ops, self.missing, self.dense_bytes, self.native)
+        said.route = self.route
+        return said
+
+    def as_json(self) -> dict[str, Any]:
+        """All that it says, as JSON can hold it."""
+        return {
+            "call": self.call,
+            "route": None if self.route is None else str(self.route),
+            "kernel": self.kernel,
+            "says": self._headline(),
+            "ops": [
+                {
+                    "purpose": plan.purpose,
+                    "op": plan.op,
+                    "kernels": [
+                        {
+                            "kernel": v.kernel.name,
+                            "chosen": v.chosen,
+                            "reason": v.reason,
+                            "source": v.kernel.source,
+                        }
+                        for v in plan.verdicts
+                    ],
+                }
+                for plan in self.ops
+            ],
+            "dense_bytes": self.dense_bytes if self._needs_cost() else 0,
+            "policy": settings.current().policy,
+        }
+
     _HEAD = ("kernel", "verdict", "source")
 
     def _rows(self, plan: OpPlan) -> list[list[str]]:
@@ -86,24 +157,39 @@ class Explanation:
         return bool(self.missing) or any(not any(v.chosen for v in p.verdicts) for p in self.ops)
 
     def __repr__(self) -> str:
-        lines = [self.call, "  " + self._headline().replace("\n", "\n  ")]
+        return self.text(terminal_width())
+
+    def text(self, width: int | None = None) -> str:
+        """What it prints, in lines of at most `width` (None: as long as they are); code to paste
+        stays whole.
+        """
+        lines = _fitted(self.call, width, "", "    ")
+        for line in self._headline().split("\n"):
+            lines += ["  " + line] if line.startswith(" ") else _fitted(line, width, "  ", "    ")
         for plan in self.ops:
             none = "" if any(v.chosen for v in plan.verdicts) else ": no kernel, dense fallback"
-            lines.append(f"  {plan.purpose}: {plan.op}{none}")
-            lines.append(text_table(self._HEAD, self._rows(plan), indent="    "))
+            lines += _fitted(f"{plan.purpose}: {plan.op}{none}", width, "  ", "    ")
+            lines.append(text_table(self._HEAD, self._rows(plan), "    ", width))
         if self._needs_cost():
-            lines.append("  " + self._cost())
+            lines += _fitted(self._cost(), width, "  ", "    ")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         parts = [f"<p><b>{html.escape(self.call)}</b></p>"]
-        parts.append(f"<pre>{html.escape(self._headline())}</pre>")
+        text = html.escape(self._headline())
+        parts.append(f'<pre style="white-space:pre-wrap">{text}</pre>')
         for plan in self.ops:
             parts.append(f"<p>{html.escape(plan.purpose)}: <code>{html.escape(plan.op)}</code></p>")
-            parts.append(html_table(self._HEAD, self._rows(plan)))
+            chosen = [i for i, v in enumerate(plan.verdicts) if v.chosen]
+            parts.append(html_table(self._HEAD, self._rows(plan), strong=chosen))
         if self._needs_cost():
             parts.append(f"<p>{html.escape(self._cost())}</p>")
         return "<div>" + "".join(parts) + "</div>"
+
+
+def _fitted(text: str, width: int | None, indent: str, hanging: str) -> list[str]:
+    """The text in lines of at most `width`, the first one behind `indent`."""
+    return [indent + text] if width is None else folded(indent + text, width, hanging)
 
 
 def _describe(value: Any) -> str:
@@ -112,6 +198,8 @@ def _describe(value: Any) -> str:
         return (
             f"{kind}[{', '.join(map(str, value.shape))}] {str(value.dtype).removeprefix('torch.')}"
         )
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return f"{type(value).__name__}({_describe(value[0])}, ...)"
     return (
         repr(value)
         if not isinstance(value, (tuple, list))
@@ -148,7 +236,7 @@ def explain(function: Function, *args: Any, **kwargs: Any) -> Explanation:
         uses = own(*args, **kwargs)
         if isinstance(uses, tuple):  # it hands the call on to a torch function
             return explain(uses[0], *uses[1], **uses[2])
-        plans = [OpPlan(u.purpose, u.op, verdicts(u.op, u.facts)) for u in uses]
+        plans = [OpPlan(u.purpose, u.op, verdicts(u.op, u.facts), u.facts) for u in uses]
         return Explanation(call, None, plans, "", 0, native=True)
     layouts = layouts_in(args) + layouts_in(kwargs)
     if not layouts:
@@ -161,7 +249,7 @@ def explain(function: Function, *args: Any, **kwargs: Any) -> Explanation:
             found = uses(*match.reading.args, **match.reading.kwargs)
             if found is NotImplemented:
                 continue
-            plans = [OpPlan(u.purpose, u.op, verdicts(u.op, u.facts)) for u in found]
+            plans = [OpPlan(u.purpose, u.op, verdicts(u.op, u.facts), u.facts) for u in found]
         return Explanation(call, match, plans, "", count, native=False)
     if any(getattr(type(layout), "keeps", lambda f: False)(function) for layout in layouts):
         return Explanation(call, None, [], "", count, native=True)
@@ -195,11 +283,20 @@ class Table:
     _KERNELS = ("op", "order", "kernel", "source")
 
     def __repr__(self) -> str:
-        return (
-            "Routes: torch function and operand layouts -> handler\n"
-            + text_table(self._ROUTES, self._routes(), "  ")
-            + "\n\nKernels, most special first: the first whose requirements hold is taken\n"
-            + text_table(self._KERNELS, self._kernels(), "  ")
+        return self.text(terminal_width())
+
+    def text(self, width: int | None = None) -> str:
+        """What it prints, in lines of at most `width`; None: as long as they are."""
+        routes = "Routes: torch function and operand layouts -> handler"
+        kernels = "Kernels, most special first: the first whose requirements hold is taken"
+        return "\n".join(
+            [
+                *_fitted(routes, width, "", "  "),
+                text_table(self._ROUTES, self._routes(), "  ", width),
+                "",
+                *_fitted(kernels, width, "", "  "),
+                text_table(self._KERNELS, self._kernels(), "  ", width),
+            ]
         )
 
     def _repr_html_(self) -> str:

@@ -34,8 +34,10 @@ class Facts(NamedTuple):
     `cusparselt`: whether torch has that library, False off CUDA. `deterministic`: whether
     `torch.use_deterministic_algorithms` is set, told only by ops that have a kernel without that
     promise. Of attention: whether there is a `bias`, whether its operands are sequences of several
-    `lengths`, whether Hopper's copy engine can read q, k and v (`tma`; False off Hopper), and bytes
-    of the scores that a key head stores (`head_bytes`; 0 if few, and off Hopper).
+    `lengths`, and bytes of the scores that a key head stores (`head_bytes`; 0 if few, and off
+    Hopper). `tma`: whether Hopper's copy engine can read the operands and write the result (False
+    off Hopper). `partial`: whether a sampled product's pattern has blocks that are stored in part,
+    or that reach over the matrix's edge.
     """
 
     device: str
@@ -57,6 +59,7 @@ class Facts(NamedTuple):
     lengths: bool = False
     tma: bool = False
     head_bytes: int = 0
+    partial: bool = False
 
 
 Requires = Callable[[Facts], "str | None"]

@@ -20,6 +20,10 @@ class Layout:
         """The whole matrix as a plain tensor, differentiable."""
         raise NotImplementedError(f"{type(self).__name__} defines no to_dense()")
 
+    def one_line(self) -> str:
+        """How messages name it; a layout's repr may take several lines."""
+        return f"{type(self).__name__} of shape {tuple(self.shape)}"
+
 
 def dense_bytes(layout: Layout) -> int:
     """Bytes of the layout's dense form."""

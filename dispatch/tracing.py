@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from sparse_layouts.dispatch import settings
-from sparse_layouts.dispatch.text import html_table, text_table
+from sparse_layouts.dispatch.text import html_table, terminal_width, text_table
 
 if TYPE_CHECKING:
     from sparse_layouts.dispatch.kernel_table import Facts
@@ -46,7 +46,9 @@ class Trace:
     _HEAD = ("op or function", "kernel", "device", "dtype", "bytes densified")
 
     def __repr__(self) -> str:
-        return text_table(self._HEAD, self._rows()) if self.steps else "nothing ran"
+        if not self.steps:
+            return "nothing ran"
+        return text_table(self._HEAD, self._rows(), width=terminal_width())
 
     def _repr_html_(self) -> str:
         if not self.steps:

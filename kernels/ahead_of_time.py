@@ -14,7 +14,7 @@ class Compilation(NamedTuple):
     `signature` names the type of every argument (`"*bf16"`, `"i32"`, `"fp32"`, `"constexpr"`),
     `constexprs` the values of the constant ones, `options` what the launcher passes besides
     (`num_warps`, `num_stages`). `min_capability` and `max_capability`: the first and the last of
-    80, 90 and 100 that are launched with it.
+    80, 89, 90 and 100 that are launched with it (89 is compiled for where it is the first).
     """
 
     name: str
@@ -26,7 +26,7 @@ class Compilation(NamedTuple):
     max_capability: int = 100
 
     def compile(self, capability: int) -> Any:
-        """Compiles for one compute capability (80, 90, 100); returns Triton's compiled kernel
+        """Compiles for one compute capability (80, 89, 90, 100); returns Triton's compiled kernel
         (`.asm`, `.metadata`).
         """
         import triton

@@ -11,8 +11,8 @@ import ctypes
 import functools
 import struct
 import threading
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -218,6 +218,64 @@ class PackedLaunch:
             _checked("cuLaunchKernel", status)
 
 
+# launches that are remembered before all are forgotten
+_MOST_LAUNCHES = 512
+_launches: dict[Any, PackedLaunch] = {}
+
+
+class Launch(NamedTuple):
+    """A launch of `programs` of a kernel.
+
+    `described` are the tensors behind tensor descriptors, `pointed` those behind pointers (None: a
+    constant), by the names of the kernel's parameters; `arguments` makes all others, descriptors
+    and numbers. Launches with these of the same shapes, strides and dtypes, an equal `key` and
+    equal `options` differ in addresses alone.
+    """
+
+    kernel: Any
+    key: Any
+    described: Mapping[str, Tensor]
+    pointed: Mapping[str, Tensor | None]
+    arguments: Callable[[], Mapping[str, Any]]
+    options: Mapping[str, Any]
+    programs: int
+
+    def pack(self, moving: Collection[str]) -> PackedLaunch:
+        """What launches it again, with other addresses of what is described and of `moving`."""
+        given = {**self.arguments(), **self.pointed}
+        return PackedLaunch(self.kernel, given, self.options, moving)
+
+    def run(self, stream: int) -> None:
+        """Launches on the current device, as an equal launch before it where there was one,
+        without Triton's work of every launch; nothing that is given is kept.
+        """
+        everything = (
+            self.kernel,
+            torch._C._cuda_getDevice(),
+            self.key,
+            *((x.shape, x.stride(), x.dtype) for x in self.described.values()),
+            *(None if x is None else (x.dtype, x.data_ptr() % 16) for x in self.pointed.values()),
+            *self.options.values(),
+        )
+        packed = _launches.get(everything)
+        if packed is None:
+            if not can_pack():
+                given = {**self.arguments(), **self.pointed}
+                self.kernel[(self.programs,)](**given, **self.options)
+                return
+            if len(_launches) >= _MOST_LAUNCHES:
+                _launches.clear()
+            packed = _launches[everything] = self.pack(self.pointed)
+        with packed.lock:
+            for name, x in self.described.items():
+                packed.describe(name, x.data_ptr())
+            for name, y in self.pointed.items():
+                if y is not None:
+                    packed.point(name, y.data_ptr())
+            packed.launch(self.programs, stream)
+
+
+@functools.cache
 def can_pack() -> bool:
     """Whether the driver tells where a kernel's parameters lie (CUDA 12.4 and newer)."""
     return hasattr(_driver(), "cuFuncGetParamInfo")

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_layouts.dispatch import Use, route
+from sparse_layouts.kernels.linear_layers import check_bias, linear_layer
 from sparse_layouts.kernels.products import (
     Family,
-    add_bias,
     autocast,
     check,
     check_sampled,
@@ -73,23 +73,23 @@ def register_products(layout_class: type[LayoutTensor], family: Family) -> None:
     def uses_of_linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
         if declines(weight, input):
             return NotImplemented
-        weight, input = autocast(weight, input)
+        weight, input, bias = autocast(weight, input, bias)
         check(weight, input, -1, -1, "linear")
+        check_bias(bias, weight.matrix_shape[0], input)
         return family.uses(weight, rows_as_columns(input, weight))
 
     @route(F.linear, weight=layout_class, uses=uses_of_linear)
-    def linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
+    def linear(
+        input: Tensor, weight: Any, bias: Tensor | None = None, *, activation: str | None = None
+    ) -> Any:
         if declines(weight, input):
             return NotImplemented
         weight, input, bias = autocast(weight, input, bias)
         if weight.dim() != 2:
             raise ValueError(f"linear: expected a 2-D weight, got shape {tuple(weight.shape)}")
         check(weight, input, -1, -1, "linear")
-        if input.dim() == 1:
-            out = product(family, weight, input[:, None])[..., 0]
-        else:
-            out = from_the_right(family, input, weight)
-        return add_bias(out, bias, weight.matrix_shape[0])
+        check_bias(bias, weight.matrix_shape[0], input)
+        return linear_layer(family, input, weight, bias, activation)
 
     def uses_of_sampled_addmm(
         input: Any, mat1: Tensor, mat2: Tensor, *, beta: float = 1.0, alpha: float = 1.0

@@ -37,13 +37,16 @@ class Family:
     against the layout's leading dimensions; with `transposed_output` the storage of the result is
     that of a contiguous (..., N, M). `sample(a, b, mask)` is `a @ b` at the mask's stored entries
     without autograd, in its layout; the dimensions before the mask's own are the batch. `uses` and
-    `uses_of_sample`, with the same operands, list the ops for `sl.explain`.
+    `uses_of_sample`, with the same operands, list the ops for `sl.explain`. `fused(layout, x,
+    transposed_output, bias, activation)` is `activation(W @ x + bias)` in one kernel, where a kind
+    has that.
     """
 
     multiply: Callable[[Any, Tensor, bool], Tensor]
     sample: Callable[[Tensor, Tensor, Any], Any]
     uses: Callable[[Any, Tensor], list[Use]]
     uses_of_sample: Callable[[Tensor, Tensor, Any], list[Use]]
+    fused: Callable[[Any, Tensor, bool, Tensor | None, str | None], Tensor] | None = None
 
 
 class LayoutProduct(torch.autograd.Function):
@@ -316,12 +319,24 @@ def from_the_right(family: Family, x: Tensor, flipped: LayoutTensor) -> Tensor:
     return out.reshape(*x.shape[:-1], flipped.matrix_shape[0]) if out.dim() < x.dim() else out
 
 
-def add_bias(out: Tensor, bias: Tensor | None, size: int) -> Tensor:
-    """`out + bias`, checked; out itself without one."""
-    if bias is None:
-        return out
-    if tuple(bias.shape) != (size,):
-        raise ValueError(f"linear: expected a bias of shape ({size},), got {tuple(bias.shape)}")
-    if bias.dtype != out.dtype:
-        raise TypeError(f"linear: expected a bias of {out.dtype}, got {bias.dtype}")
-    return out + bias
+def tma_readable(x: Tensor) -> bool:
+    """Whether the copy engine can read the matrices of x (*any, M, N), or their transposes: one
+    dimension unbroken, the others in steps of 16 bytes or, but for the matrix's own, of none.
+    """
+    bytes_of = x.element_size()
+    *outer, rows, columns = x.stride()
+    if columns != 1 and rows != 1:
+        return False
+    step = rows if columns == 1 else columns
+    return (
+        x.numel() > 0
+        and step > 0
+        and step * bytes_of % 16 == 0
+        and x.data_ptr() % 16 == 0
+        and all(s * bytes_of % 16 == 0 for size, s in zip(x.shape, outer, strict=False) if size > 1)
+    )
+
+
+def columns_fact(columns: int) -> int:
+    """Columns of the dense operand, rounded up to a power of two: lengths make no new choices."""
+    return 1 << (columns - 1).bit_length() if columns > 0 else 0

@@ -60,6 +60,17 @@ def triton_blocks(facts: Facts) -> str | None:
     return triton_floats(facts) or _power_of_two_blocks(facts)
 
 
+# Columns of the dense operand up to which reading the blocks takes longer than multiplying them.
+FEW_COLUMNS = 64
+
+
+def triton_few_columns(facts: Facts) -> str | None:
+    """As `triton_blocks`, for up to 64 columns of the dense operand."""
+    if facts.columns > FEW_COLUMNS:
+        return f"takes up to {FEW_COLUMNS} columns of the dense operand, not {facts.columns}"
+    return triton_blocks(facts)
+
+
 def triton_attention(facts: Facts) -> str | None:
     """As `triton`, and blocks that are powers of two from 16, in fp16, bf16 or fp32, head sizes up
     to 256.
@@ -69,6 +80,20 @@ def triton_attention(facts: Facts) -> str | None:
     if facts.head_dim > MAX_HEAD_DIM:
         return f"takes head sizes up to {MAX_HEAD_DIM}, not {facts.head_dim}"
     return triton(facts) or _power_of_two_blocks(facts)
+
+
+def triton_fp8(facts: Facts) -> str | None:
+    """As `triton`, of compute capability 8.9 or newer, whose tensor cores multiply e4m3."""
+    reason = triton(facts)
+    if reason is None and facts.capability < (8, 9):
+        found = ".".join(map(str, facts.capability))
+        return f"needs compute capability 8.9 or newer, which multiplies 8 bits, found {found}"
+    return reason
+
+
+def triton_attention_fp8(facts: Facts) -> str | None:
+    """As `triton_attention`, of which facts.dtype is the result's, and `triton_fp8`."""
+    return triton_attention(facts) or triton_fp8(facts)
 
 
 def hopper_attention(facts: Facts) -> str | None:
@@ -119,6 +144,47 @@ def hopper_attention_backward(facts: Facts) -> str | None:
             f"that a key head stores take; here these are up to {facts.head_bytes:,}"
         )
     return None
+
+
+# Fewer columns than Hopper's tiles of 256 have would multiply mostly padding.
+HOPPER_COLUMNS = 256
+
+
+def _hopper_products(facts: Facts) -> str | None:
+    """As `triton_blocks`, for blocks whose edges are at least 64, in fp16 or bf16, on a GPU of
+    compute capability 9.0, whose copy engine can read the operands.
+    """
+    reason = triton_blocks(facts)
+    if reason is not None:
+        return reason
+    if facts.capability != (9, 0):
+        found = ".".join(map(str, facts.capability))
+        return f"is for compute capability 9.0 (H100, H200), found {found}"
+    if facts.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {facts.dtype}"
+    if min(facts.block_size) < 64:
+        return f"takes blocks whose edges are at least 64, not {facts.block_size}"
+    if not facts.tma:
+        return (
+            "takes operands and results with one contiguous dimension, whose other strides and "
+            "addresses are multiples of 16 bytes"
+        )
+    return None
+
+
+def hopper_block_matmul(facts: Facts) -> str | None:
+    """As `_hopper_products`, for enough columns of the dense operand to fill tiles."""
+    if facts.columns < HOPPER_COLUMNS and facts.device == "cuda":
+        return f"takes more than {HOPPER_COLUMNS // 2} columns of the dense operand"
+    return _hopper_products(facts)
+
+
+def hopper_sddmm(facts: Facts) -> str | None:
+    """As `_hopper_products`, for blocks that are stored as a whole."""
+    reason = _hopper_products(facts)
+    if reason is None and facts.partial:
+        reason = "takes blocks that are stored as a whole"
+    return reason
 
 
 # Columns of the dense operand from which another way of reading W wins. MKL's CSR product reads W

@@ -30,6 +30,28 @@ def stored_bits(tiles_ptr, tile, rows, columns, BM: tl.constexpr, BN: tl.constex
     return ((words >> (columns % 32)) & 1) != 0
 
 
+@triton.jit
+def finished(acc, bias, ACTIVATION: tl.constexpr):
+    """`activation(acc + bias)` in acc's dtype, which is float32 or float64; `bias` or `ACTIVATION`
+    may be None. The names are those of `kernels/activations.py`.
+    """
+    if bias is not None:
+        acc += bias.to(acc.dtype)
+    if ACTIVATION == "relu":
+        acc = tl.where(acc < 0.0, 0.0, acc)  # NaN stays
+    elif ACTIVATION == "gelu":
+        acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 * (1 + tanh(u)) is 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + 0.044715 x^3)
+        u = 1.5957691216057308 * (acc + 0.044715 * acc * acc * acc)
+        acc = acc / (1.0 + tl.exp(-u))
+    elif ACTIVATION == "silu":
+        acc = acc / (1.0 + tl.exp(-acc))
+    else:
+        tl.static_assert(ACTIVATION is None, "no such activation")
+    return acc
+
+
 def input_precision(dtype: torch.dtype) -> str:
     """How `tl.dot` reads its operands: float32 as tf32 only where torch's own matmul may."""
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -7,7 +7,9 @@ attention as the mask, train it.
 torch.Size([64, 2])
 """
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 _root = Path(__file__).resolve().parent.parent
 if not (_root / "sparse_layouts" / "kernels").is_dir() and (_root / "pyproject.toml").is_file():
@@ -15,6 +17,7 @@ if not (_root / "sparse_layouts" / "kernels").is_dir() and (_root / "pyproject.t
 
 __version__ = "0.1.0"
 
+from sparse_layouts.band_masks import causal, sink_window, sliding_window
 from sparse_layouts.bigbird_tensor import BigBirdTensor, bigbird
 from sparse_layouts.bsr_factory import bsr
 from sparse_layouts.bsr_tensor import BSRTensor
@@ -31,18 +34,12 @@ from sparse_layouts.dispatch import (
     table,
     trace,
 )
+from sparse_layouts.document_masks import document
 from sparse_layouts.grouped_nm_tensor import GroupedNMTensor, grouped_nm
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.local_stride_tensor import LocalStrideTensor, local_stride
 from sparse_layouts.mask_algebra import without_counts
-from sparse_layouts.mask_factories import (
-    bsr_mask,
-    causal,
-    document,
-    mask_from,
-    sink_window,
-    sliding_window,
-)
+from sparse_layouts.mask_factories import bsr_mask, mask_from
 from sparse_layouts.matrix_files import load_smtx
 from sparse_layouts.matrix_market import load_mtx
 from sparse_layouts.nm_factory import nm
@@ -64,8 +61,29 @@ from sparse_layouts.kernels import csr_softmax as _csr_softmax  # noqa: F401  is
 from sparse_layouts.kernels import grouped_nm as _grouped_nm  # noqa: F401  isort: skip
 from sparse_layouts.kernels import nm_matmul as _nm_matmul  # noqa: F401  isort: skip
 from sparse_layouts.kernels import nm_sddmm as _nm_sddmm  # noqa: F401  isort: skip
+from sparse_layouts.kernels.block_matmul import recall as _recall  # noqa: F401  isort: skip
 from sparse_layouts.kernels.block_attention.calls import attention  # isort: skip
+from sparse_layouts.kernels.block_attention_fp8.operands import (  # isort: skip
+    FP8Operand,
+    quantize_fp8,
+)
+from sparse_layouts.kernels.linear_layers import linear  # isort: skip
 from sparse_layouts.kernels.sddmm import sddmm  # isort: skip
+
+if TYPE_CHECKING:
+    from sparse_layouts.viewing.comparison import compare
+    from sparse_layouts.viewing.explorer import explore
+    from sparse_layouts.viewing.roofline import roofline
+
+_LOOKING = {"compare": "comparison", "explore": "explorer", "roofline": "roofline"}
+
+
+def __getattr__(name: str) -> Any:
+    """What people look at is imported when it is first asked for."""
+    if name not in _LOOKING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.viewing.{_LOOKING[name]}"), name)
+
 
 __all__ = [
     "BSRTensor",
@@ -75,6 +93,7 @@ __all__ = [
     "CSRTensor",
     "DenseFallbackError",
     "DenseFallbackWarning",
+    "FP8Operand",
     "GroupedNMTensor",
     "KeepAll",
     "LayoutTensor",
@@ -91,20 +110,25 @@ __all__ = [
     "bsr",
     "bsr_mask",
     "causal",
+    "compare",
     "csc",
     "csr",
     "document",
     "explain",
+    "explore",
     "fallback",
     "grouped_nm",
     "kernel",
     "kernel_choice",
+    "linear",
     "load_mtx",
     "load_safetensors",
     "load_smtx",
     "local_stride",
     "mask_from",
     "nm",
+    "quantize_fp8",
+    "roofline",
     "route",
     "save_safetensors",
     "sddmm",

@@ -7,17 +7,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from sparse_layouts.block_pattern import (
-    BlockPattern,
-    build_pattern,
-    entry_rows,
-    from_progressions,
-    send,
-)
+from sparse_layouts.block_pattern import BlockPattern, send_together
 from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.mask_factories import Device, checked_length, square_block
+from sparse_layouts.outside_graphs import constant_in_graphs
 
 # Lengths whose random blocks come from one table over the maximum length, and that table's reach.
 TABLE_LENGTHS = {
@@ -71,6 +65,7 @@ class BigBirdTensor(BSRTensor):
         return [f"{self.source}, {self.num_random_blocks} random blocks", *super().describe()]
 
 
+@constant_in_graphs
 def bigbird(
     seq_len: int,
     *,
@@ -134,49 +129,15 @@ def bigbird(
             f"rows, two beside them): take a smaller block, or attend to everything without a mask"
         )
     on = torch.device(device if device is not None else "cpu")
+    rng = np.random.RandomState(layer)  # the sources' generator: the draws are theirs
     if source == "hf-eval" or not random_blocks:
-        pattern = _closed_form(n, b, random_blocks, heads, on)
+        drawn = np.zeros((heads, n // b - 2, random_blocks), dtype=np.int64)
+    elif n in TABLE_LENGTHS[source]:
+        drawn = _draw_from_table(rng, heads, n // b, longest // b, b, random_blocks)
     else:
-        rng = np.random.RandomState(layer)  # the sources' generator: the draws are theirs
-        if n in TABLE_LENGTHS[source]:
-            drawn = _draw_from_table(rng, heads, n // b, longest // b, b, random_blocks)
-        else:
-            drawn = _draw_by_plan(rng, heads, n // b, random_blocks)
-        pattern = _merged(drawn, n, b, on)
+        drawn = _draw_by_plan(rng, heads, n // b, random_blocks)
+    pattern = _merged(drawn, n, b, on)
     return BigBirdTensor.on_pattern(None, pattern, num_random_blocks=random_blocks, source=source)
-
-
-def _closed_form(n: int, b: int, random_blocks: int, heads: int, on: torch.device) -> BlockPattern:
-    """The pattern whose random blocks are all block 0."""
-    nb = n // b
-
-    def segments(where: torch.device) -> list[tuple[Tensor, int, Tensor]]:
-        """Every row as block 0 (a global row: as everything), its neighbours, the last block."""
-        i = torch.arange(nb, device=where)[None, :]
-        inner = (i > 0) & (i < nb - 1)
-        low, high = (i - 1).clamp(min=1), (i + 1).clamp(max=nb - 2)
-        one = inner.long()
-        return [
-            (torch.zeros_like(i), 1, torch.where(inner, 1, nb)),
-            (low, 1, (high - low + 1) * one),
-            (torch.full_like(i, nb - 1), 1, one),
-        ]
-
-    crow, col = from_progressions(segments, device=on)
-    counts = None
-    if random_blocks:
-        row = entry_rows(crow, col.shape[0])
-        drawn = (col == 0) & (row > 0) & (row < nb - 1)
-        counts = drawn.int().mul_(random_blocks).add_(1)
-    return build_pattern(
-        crow,
-        col,
-        shape=(n, n),
-        block_size=(b, b),
-        lead=() if heads == 1 else (heads,),
-        head_map=None if heads == 1 else torch.zeros(heads, dtype=torch.int32, device=on),
-        block_counts=counts,
-    )
 
 
 def _merged(drawn: np.ndarray, n: int, b: int, on: torch.device) -> BlockPattern:
@@ -199,33 +160,55 @@ def _merged(drawn: np.ndarray, n: int, b: int, on: torch.device) -> BlockPattern
     keys = np.concatenate([np.broadcast_to(each, (len(kinds), each.size)), own], 1) + head
     keys, counts = np.unique(keys, return_counts=True)
 
-    ends = np.zeros(len(kinds) * nb + 1, dtype=np.int64)
-    np.cumsum(np.bincount(keys // nb, minlength=len(kinds) * nb), out=ends[1:])
-    crow = ends[np.arange(len(kinds))[:, None] * nb + np.arange(nb + 1)]
+    rows, columns = np.divmod(keys, nb)  # rows, and below columns, of all patterns
+    rows_of_columns = rows // nb * nb + columns
+    by_column = np.argsort(rows_of_columns, kind="stable")
 
-    def sent(array: np.ndarray) -> Tensor:
-        return send(torch.from_numpy(array.astype(np.int32)), on)
+    def offsets(lines: np.ndarray) -> np.ndarray:
+        """(patterns, nb + 1): where each pattern's lines begin in a sorted list."""
+        ends = np.zeros(len(kinds) * nb + 1, dtype=np.int64)
+        np.cumsum(np.bincount(lines, minlength=len(kinds) * nb), out=ends[1:])
+        return ends[np.arange(len(kinds))[:, None] * nb + np.arange(nb + 1)]
 
-    return build_pattern(
-        sent(crow),
-        sent(keys % nb),
+    lists = [
+        offsets(rows),
+        columns,
+        offsets(rows_of_columns),
+        rows[by_column] % nb,
+        by_column,
+        head_map if len(kinds) < heads else None,
+        counts if (counts > 1).any() else None,
+    ]
+    sent: list[Any] = [None if t is None else t.clone() for t in send_together(lists, on)]
+    crow, col, ccol, row, slots, shared_by, block_counts = sent
+    return BlockPattern(
+        crow_indices=crow,
+        col_indices=col,
+        row_slots=None,
+        ccol_indices=ccol,
+        row_indices=row,
+        col_slots=slots,
+        head_map=shared_by,
+        block_tiles=None,
+        tiles=None,
+        block_counts=block_counts,
         shape=(n, n),
         block_size=(b, b),
         lead=() if heads == 1 else (heads,),
-        head_map=sent(head_map) if len(kinds) < heads else None,
-        block_counts=sent(counts) if (counts > 1).any() else None,
     )
 
 
-def _put(table: np.ndarray, row: Any, drawn: np.ndarray, legal: int) -> None:
-    """Writes drawn blocks into a place of the table; a single one fills it, as in the sources."""
-    if drawn.size not in (1, table[row].size):
+def _first_of(count: int, legal: int) -> np.ndarray:
+    """(count,): which of a row's `legal` blocks, in the order drawn, it stores; a single one fills
+    the row, as in the sources.
+    """
+    if min(count, legal) not in (1, count):
         raise ValueError(
-            f"bigbird: a row draws {table[row].size} random blocks and has {legal} to draw from; "
+            f"bigbird: a row draws {count} random blocks and has {legal} to draw from; "
             f"take fewer random blocks, a smaller block_size, source='hf-eval', or attend to "
             f"everything without a mask (transformers does so for short sequences)"
         )
-    table[row] = drawn
+    return np.minimum(np.arange(count), legal - 1)
 
 
 def _draw_from_table(
@@ -251,10 +234,18 @@ def _draw_from_table(
         else:
             pool = np.concatenate([before, middle[i + 1 : last]])
         pools.append(pool)
+    sizes = [pool.size for pool in pools]
+    ends = np.cumsum(sizes)
+    chosen = [end - size + _first_of(r, size) for end, size in zip(ends, sizes, strict=True)]
+    in_order = np.concatenate(pools)
+    shuffled = in_order.copy()
+    rows = np.split(shuffled, ends[:-1])  # views
     table = np.empty((heads, table_blocks - 2, r), dtype=np.int64)
     for h in range(heads):
-        for i, pool in enumerate(pools):
-            _put(table, (h, i), rng.permutation(pool)[:r], pool.size)
+        shuffled[:] = in_order
+        for row in rows:
+            rng.shuffle(row)
+        table[h] = shuffled[chosen]
     drawn = table[:, : nb - 2]
     if int(drawn.max()) >= nb:
         raise ValueError(
@@ -289,14 +280,18 @@ def _draw_by_plan(rng: Any, heads: int, nb: int, r: int) -> np.ndarray:
             continue
         start, end = starts[s], ends[s]
         place = slice(sum(counts[:s]), sum(counts[: s + 1]))
-        columns = np.arange(start, end)
+        shuffled = np.empty((heads, end - start), dtype=np.int64)
         for i in rows:
             # no neighbours, no end of the segment, and no block that is global from there
             illegal = [i - 1, i, i + 1, 0, end - 1]
             illegal += [end - 2] if i == 1 else []
             illegal += [1] if i == end - 2 else []
-            for h in range(heads):
-                order = rng.permutation(columns)
-                legal = order[~np.isin(order, illegal)]
-                _put(drawn, (h, i, place), legal[: counts[s]], legal.size)
+            shuffled[:] = np.arange(start, end)
+            for head in shuffled:
+                rng.shuffle(head)
+            legal = np.ones(nb + 1, dtype=bool)
+            legal[illegal] = False
+            number = int(legal[start:end].sum())
+            in_order = shuffled[legal[shuffled]].reshape(heads, number)
+            drawn[:, i, place] = in_order[:, _first_of(counts[s], number)]
     return drawn[:, 1:-1]

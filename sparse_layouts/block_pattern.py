@@ -9,8 +9,8 @@ blocks); a matrix of blocks is never made.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -85,9 +85,23 @@ def entry_rows(crow_indices: Tensor, num_blocks: int) -> Tensor:
     """The global block row (pattern * Mb + row) of every entry of the row lists, int64, without a
     host sync.
     """
-    counts = crow_indices.diff(dim=-1).flatten()
-    rows = torch.arange(counts.numel(), device=counts.device)
-    return rows.repeat_interleave(counts.long(), output_size=num_blocks)
+    return entry_lines(crow_indices, num_blocks).long()
+
+
+def entry_lines(offsets: Tensor, num_entries: int) -> Tensor:
+    """The global line (pattern * lines + line) of every entry of row or column lists, in the dtype
+    of `offsets` (P, lines + 1), without a host sync.
+    """
+    return torch.repeat_interleave(offsets.diff(dim=-1).flatten(), output_size=num_entries)
+
+
+def line_offsets(counts: Tensor) -> Tensor:
+    """int32 (P, lines + 1), from counts (P, lines): where the lines of each pattern begin in one
+    list of all, and where its last one ends.
+    """
+    patterns, lines = counts.shape
+    ends = torch.nn.functional.pad(counts.flatten(), (1, 0)).cumsum(0, dtype=torch.int32)
+    return ends.as_strided((patterns, lines + 1), (lines, 1)).contiguous()
 
 
 def column_lists(
@@ -96,9 +110,9 @@ def column_lists(
     """Column lists `(ccol_indices, row_indices, position in the row lists)` of row lists; no host
     sync on a GPU.
     """
-    patterns, mb = crow_indices.shape[0], crow_indices.shape[1] - 1
-    nnzb, device = col_indices.shape[0], col_indices.device
-    if type(col_indices) is Tensor and device.type == "cpu" and nnzb:
+    patterns = crow_indices.shape[0]
+    on_cpu = type(col_indices) is Tensor and col_indices.device.type == "cpu"
+    if on_cpu and col_indices.shape[0]:
         # scipy's counting sort, a pattern at a time: 12x faster than torch.sort here
         parts = [
             _columns_of_one(crow_indices[p].numpy(), col_indices.numpy(), num_block_columns)
@@ -109,17 +123,27 @@ def column_lists(
             for part in zip(*parts, strict=True)
         )
         return starts.view(patterns, -1), row_indices, position
-    rows = entry_rows(crow_indices, nnzb)
-    keys = rows.div(max(mb, 1), rounding_mode="floor") * num_block_columns + col_indices
-    position = torch.argsort(keys, stable=True)
-    counts = torch.zeros(patterns * num_block_columns, dtype=torch.int32, device=device)
-    counts.index_add_(0, keys, torch.ones_like(keys, dtype=torch.int32))
-    starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    row_indices = (rows[position] % max(mb, 1)).int()
-    position = position.int()
-    first = torch.arange(patterns, device=device)[:, None] * num_block_columns
-    each = torch.arange(num_block_columns + 1, device=device)[None, :]
-    return starts[first + each].contiguous(), row_indices, position
+    return _columns_by_sorting(crow_indices, col_indices, num_block_columns)
+
+
+def _columns_by_sorting(
+    crow_indices: Tensor, col_indices: Tensor, num_block_columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`column_lists` by a stable sort."""
+    patterns, mb = crow_indices.shape[0], crow_indices.shape[1] - 1
+    nnzb, device = col_indices.shape[0], col_indices.device
+    columns = patterns * num_block_columns
+    dtype = torch.int32 if columns < 2**31 else torch.int64  # the narrower sorts faster
+    rows, keys = entry_lines(crow_indices, nnzb), col_indices.to(dtype)
+    if patterns > 1:
+        pattern = rows.div(max(mb, 1), rounding_mode="floor")
+        rows = rows.sub_(pattern, alpha=mb)
+        keys = pattern.to(dtype).mul_(num_block_columns).add_(keys)
+    keys, position = keys.sort(stable=True)
+    edges = torch.arange(columns + 1, dtype=dtype, device=device)
+    starts = torch.searchsorted(keys, edges, out_int32=True)
+    starts = starts.as_strided((patterns, num_block_columns + 1), (num_block_columns, 1))
+    return starts.contiguous(), rows.index_select(0, position).int(), position.int()
 
 
 def _columns_of_one(
@@ -228,52 +252,6 @@ def _expand_heads(p: BlockPattern) -> BlockPattern:
     )
 
 
-def from_progressions(
-    segments: Callable[[torch.device], Sequence[tuple[Tensor, Tensor | int, Tensor]]],
-    *,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Row lists `(crow_indices, col_indices)` of rows that are a few arithmetic progressions each.
-
-    `segments(device)` returns, from left to right, `(start, step, count)` of shape (P, Mb) each:
-    block columns `start + step * t` for `0 <= t < count`. It is called on the CPU for the number of
-    blocks and again on `device` for the lists, so that a GPU is never waited for.
-    """
-    total = sum(int(count.sum()) for _, _, count in segments(torch.device("cpu")))
-    parts = list(segments(device))
-    counts = torch.stack([count.long() for _, _, count in parts], -1)  # (P, Mb, S)
-    patterns, mb, num = counts.shape
-    flat = counts.flatten()
-    ends = flat.cumsum(0)
-    starts = torch.stack([start.long().expand(patterns, mb) for start, _, _ in parts], -1)
-    steps = torch.stack(
-        [
-            step.expand(patterns, mb)
-            if isinstance(step, Tensor)
-            else torch.full((patterns, mb), step, device=device)
-            for _, step, _ in parts
-        ],
-        -1,
-    )
-    # column = start + step * (entry - first entry of the part); with the first entry folded into
-    # the start
-    origin = (starts.flatten() - steps.flatten() * (ends - flat)).int()
-    if device.type == "cpu":  # numpy repeats values 4x faster than torch gathers them
-        repeats = flat.numpy()
-        columns = torch.from_numpy(np.arange(total, dtype=np.int32))
-        columns.mul_(torch.from_numpy(np.repeat(steps.flatten().int().numpy(), repeats)))
-        columns.add_(torch.from_numpy(np.repeat(origin.numpy(), repeats)))
-    else:
-        part = torch.arange(flat.numel(), device=device).repeat_interleave(flat, output_size=total)
-        columns = torch.arange(total, device=device, dtype=torch.int32)
-        columns = columns.mul_(steps.flatten().int()[part]).add_(origin[part])
-    row_ends = ends.view(patterns * mb, num)[:, -1] if patterns * mb else ends
-    row_ends = torch.nn.functional.pad(row_ends, (1, 0))
-    first = torch.arange(patterns, device=device)[:, None] * mb
-    crow = row_ends[first + torch.arange(mb + 1, device=device)[None, :]]
-    return crow.int(), columns
-
-
 def pack_tiles(tiles: Tensor) -> Tensor:
     """Packs bool tiles (T, bm, bn) into int32 words (T, bm, ceil(bn/32)), a bit a column."""
     count, bm, bn = tiles.shape
@@ -330,79 +308,32 @@ def dense_counts(pattern: BlockPattern) -> Tensor:
     return out.reshape(*p.lead, m, n)
 
 
-def pattern_from_dense(
-    blocks: Tensor,
-    block_size: tuple[int, int],
-    shape: tuple[int, int],
-    block_tiles: Tensor | None = None,
-    tiles: Tensor | None = None,
-) -> BlockPattern:
-    """A pattern from a matrix of blocks (*lead, Mb, Nb), bool or integer counts. One host sync;
-    equal heads are stored once.
-
-    `block_tiles` (*lead, Mb, Nb) int32 names the bit tile of each stored block (0: full).
+def interval_tiles(starts: np.ndarray, stops: np.ndarray, columns: int) -> np.ndarray:
+    """Packed tiles (T, bm, ceil(columns/32)) on the host: row r of tile t is True from column
+    `starts[t, r]` to before `stops[t, r]`, both from 0 to `columns`.
     """
-    lead = tuple(blocks.shape[:-2])
-    mb, nb = blocks.shape[-2:]
-    flat = blocks.reshape(math.prod(lead), mb, nb)
-    flat_tiles = None if block_tiles is None else block_tiles.reshape(flat.shape)
-    head_map = None
-    if flat.shape[0] > 1:
-        same = torch.where(flat != 0, flat.long(), 0)
-        if flat_tiles is not None:
-            same = same * (int(flat_tiles.max()) + 2) + torch.where(flat != 0, flat_tiles, 0)
-        first, head = _equal_rows(same.flatten(1))
-        if len(first) < flat.shape[0]:
-            flat = flat[first]
-            flat_tiles = None if flat_tiles is None else flat_tiles[first]
-            head_map = head.int()
-    stored = flat != 0
-    counts = stored.sum(-1)  # (P, Mb)
-    ends = torch.nn.functional.pad(counts.flatten().cumsum(0), (1, 0))
-    where = torch.arange(flat.shape[0], device=flat.device)[:, None] * mb
-    crow = ends[where + torch.arange(mb + 1, device=flat.device)[None, :]].int()
-    index = stored.nonzero(as_tuple=True)
-    block_counts = None
-    if flat.dtype != torch.bool:
-        block_counts = flat[index].int()
-    return build_pattern(
-        crow,
-        index[2].int(),
-        shape=shape,
-        block_size=block_size,
-        lead=lead,
-        head_map=head_map,
-        block_tiles=None if flat_tiles is None else flat_tiles[index].int(),
-        tiles=tiles,
-        block_counts=block_counts,
-    )
+    words = -(-columns // WORD_BITS)
+    right = np.arange(words * WORD_BITS) >= np.arange(columns + 1)[:, None]
+    from_column = np.packbits(right, axis=1, bitorder="little").view("<i4")  # (columns + 1, words)
+    return from_column[starts] & ~from_column[stops]
 
 
-def _equal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Of an integer matrix: the first row of each kind, and for each row its kind, kinds numbered
-    as they first appear.
+def send_together(arrays: Sequence[np.ndarray | None], device: torch.device) -> list[Any]:
+    """int32 tensors on `device` of small arrays of the host, views of one buffer; None stays.
+
+    One copy, on a GPU from pinned memory, so that nobody waits for it.
     """
-    data = np.ascontiguousarray(rows.cpu().numpy())
-    seen: dict[bytes, int] = {}
-    first: list[int] = []
-    kind: list[int] = []
-    for i in range(data.shape[0]):
-        key = data[i].tobytes()
-        if key not in seen:
-            seen[key] = len(first)
-            first.append(i)
-        kind.append(seen[key])
-    device = rows.device
-    return torch.tensor(first, device=device), torch.tensor(kind, device=device)
-
-
-def causal_tile(bm: int, bn: int, device: torch.device) -> Tensor:
-    """The packed diagonal tile (1, bm, words) of a causal mask."""
-    return pack_tiles(torch.ones(1, bm, bn, dtype=torch.bool, device=device).tril())
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small CPU tensor on `device`; by way of pinned memory, so that a GPU is not waited for."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    sizes = [0 if array is None else array.size for array in arrays]
+    pinned = device.type == "cuda"
+    buffer = torch.empty(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=pinned)
+    host = buffer.numpy()
+    end = 0
+    for array, size in zip(arrays, sizes, strict=True):
+        if array is not None:
+            host[end : end + size] = array.reshape(-1)
+            end += size
+    moved = buffer.to(device, non_blocking=True).split(sizes)
+    return [
+        None if array is None else part.view(array.shape)
+        for array, part in zip(arrays, moved, strict=True)
+    ]

@@ -4,11 +4,14 @@ nothing is stored.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparse_layouts.block_pattern import BlockPattern, entry_rows, tile_table
 from sparse_layouts.derived import derived
+
+PIECE = 2**16  # blocks that are looked at at a time
 
 
 def slots_in_row_order(pattern: BlockPattern) -> Tensor:
@@ -105,30 +108,64 @@ def rows_and_columns(pattern: BlockPattern) -> tuple[Tensor, Tensor]:
 
 
 def entries_per_pattern(pattern: BlockPattern) -> Tensor:
-    """int64 (P,): stored entries of each pattern, by token, counted without unpacking a block."""
+    """int64 (P,): stored entries of each pattern, by token, counted without unpacking a block;
+    once a pattern.
+    """
 
     def build() -> Tensor:
         p = pattern
-        (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
-        table = tile_table(p).long()  # (T + 1, bm, bn)
-        last_m, last_n = m - (mb - 1) * bm, n - (nb - 1) * bn
-        sizes = torch.stack(
-            [
-                torch.stack([table[:, :h, :w].sum((1, 2)) for w in (bn, max(last_n, 0))])
-                for h in (bm, max(last_m, 0))
-            ]
-        )  # (last row?, last column?, tile)
-        row, column = rows_and_columns(p)
-        ids = torch.zeros_like(row) if p.block_tiles is None else p.block_tiles.long()
-        each = sizes[(row == mb - 1).long(), (column == nb - 1).long(), ids]
-        if p.row_slots is not None:
-            each = each[p.row_slots.long()]
-        which = entry_rows(p.crow_indices, p.num_blocks).div(max(mb, 1), rounding_mode="floor")
-        return torch.zeros(p.num_patterns, dtype=torch.long, device=p.device).index_add_(
-            0, which, each
-        )
+        (bm, bn), mb = p.block_size, p.grid[0]
+        counts = (p.crow_indices[:, -1] - p.crow_indices[:, 0]).cpu().numpy().astype(np.int64)
+        counts *= bm * bn
+        row, _, entries = block_entries(p, special_blocks(p))
+        np.add.at(counts, row // max(mb, 1), entries - bm * bn)
+        return torch.from_numpy(counts).to(p.device)
 
     return derived(pattern, "entries_per_pattern", build)
+
+
+def special_blocks(pattern: BlockPattern) -> np.ndarray:
+    """int64 (n,): the positions in the row lists of the blocks that are partial or reach over the
+    edge; all others store bm * bn entries. On the host, where the reader is.
+
+    In numpy: torch divides such work among threads, which costs more than the work itself.
+    """
+    p = pattern
+    (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
+    columns = p.col_indices.cpu().numpy()
+    tiles = None if p.block_tiles is None else p.block_tiles.cpu().numpy()
+    if tiles is not None and p.row_slots is not None:
+        tiles = tiles[p.row_slots.cpu().numpy()]
+    found = [np.zeros(0, np.int64)]
+    for start in range(0, p.num_blocks, PIECE):  # piece by piece, which stays in the cache
+        here = slice(start, start + PIECE)
+        if tiles is not None:
+            found.append(np.flatnonzero(tiles[here] != 0) + start)
+        if n != nb * bn:
+            found.append(np.flatnonzero(columns[here] == nb - 1) + start)
+    if m != mb * bm:
+        found += [np.arange(each[-2], each[-1]) for each in p.crow_indices.cpu().numpy()]
+    every = np.concatenate(found)
+    return every if m == mb * bm and n == nb * bn else np.unique(every)
+
+
+def block_entries(pattern: BlockPattern, at: np.ndarray) -> tuple[np.ndarray, ...]:
+    """int64 (n,) each, of the blocks at positions `at` of the row lists: pattern * Mb + block row,
+    block column, stored entries.
+    """
+    p = pattern
+    (m, n), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid
+    slots = at if p.row_slots is None else p.row_slots.cpu().numpy()[at]
+    tile = np.zeros_like(slots) if p.block_tiles is None else p.block_tiles.cpu().numpy()[slots]
+    column = p.col_indices.cpu().numpy()[at].astype(np.int64)
+    place = np.searchsorted(p.crow_indices.flatten().cpu().numpy(), at, "right") - 1
+    row = place % (mb + 1)
+    table = tile_table(p).cpu().numpy()  # (T + 1, bm, bn)
+    last_m, last_n = max(m - (mb - 1) * bm, 0), max(n - (nb - 1) * bn, 0)
+    # a block over the edge stores what its tile has inside: (last row?, last column?, tile)
+    sizes = np.array([[table[:, :h, :w].sum((1, 2)) for w in (bn, last_n)] for h in (bm, last_m)])
+    entries = sizes[(row == mb - 1).astype(np.intp), (column == nb - 1).astype(np.intp), tile]
+    return place // (mb + 1) * mb + row, column, entries
 
 
 def num_entries(pattern: BlockPattern) -> int:

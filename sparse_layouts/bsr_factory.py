@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_layouts.block_pattern import build_pattern, pattern_from_dense
+from sparse_layouts.block_pattern import build_pattern
 from sparse_layouts.bsr_tensor import BSRTensor, block_size_pair
 from sparse_layouts.conversions import into_blocks
 from sparse_layouts.csr_conversions import from_sparse_matrix
 from sparse_layouts.csr_tensor import CSCTensor, CSRTensor
+from sparse_layouts.dense_blocks import pattern_from_dense
 from sparse_layouts.dense_rows import dense_source, nonzero_blocks
 from sparse_layouts.dispatch import dense_bytes, facts_of, permit, record, route
 from sparse_layouts.layout_autograd import aligned, sampled, values_of, with_values

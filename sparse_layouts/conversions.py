@@ -11,7 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_layouts.block_pattern import BlockPattern, build_pattern, entry_rows, pack_tiles
+from sparse_layouts.block_pattern import (
+    BlockPattern,
+    build_pattern,
+    entry_rows,
+    line_offsets,
+    pack_tiles,
+)
 from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.entry_lists import Entries, entries_of, picked
 from sparse_layouts.layout_autograd import with_values
@@ -55,10 +61,9 @@ def blocked(entries: Entries, block: tuple[int, int]) -> tuple[BlockPattern, Ten
     inside += (column % bn)[entries.columns]
     cells, which = distinct(keys, patterns * mb * nb)
     lines = cells.div(max(nb, 1), rounding_mode="floor")
-    ends = torch.nn.functional.pad(torch.bincount(lines, minlength=patterns * mb).cumsum(0), (1, 0))
-    first = torch.arange(patterns, device=ends.device)[:, None] * mb
+    counts = torch.bincount(lines, minlength=patterns * mb).view(patterns, mb)
     made = build_pattern(
-        ends[first + torch.arange(mb + 1, device=ends.device)].int(),
+        line_offsets(counts),
         (cells % max(nb, 1)).int(),
         shape=(m, n),
         block_size=block,

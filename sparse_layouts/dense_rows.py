@@ -48,7 +48,9 @@ def dense_source(source: Any, what: str) -> Any:
 def check_dense(dense: Any, what: str) -> Tensor:
     """`dense` as a plain strided tensor of numbers, without its gradient."""
     if isinstance(dense, Layout):
-        raise TypeError(f"{what}: expected a dense tensor, got {dense!r}; pass w.to_dense()")
+        raise TypeError(
+            f"{what}: expected a dense tensor, got {dense.one_line()}; pass w.to_dense()"
+        )
     if not isinstance(dense, Tensor):
         raise TypeError(
             f"{what}: expected a dense tensor, got {type(dense).__name__}; a numpy array goes "

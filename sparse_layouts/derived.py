@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -25,7 +26,8 @@ def derived(pattern: tuple[Any, ...], key: Any, build: Callable[[], T]) -> T:
     `pattern` is a tuple of index tensors (a BlockPattern, or `(crow_indices, col_indices)`), the
     first one a tensor; what is no tensor in it does not count. `key` names what is derived and with
     which parameters; it must be hashable. `build` must depend on the index tensors alone, never on
-    values.
+    values. What is built while a CUDA graph is captured is not kept: its memory is the graph's, and
+    is written when that is replayed.
     """
     first, *others = pattern
     store = _derived.get(first)
@@ -39,9 +41,18 @@ def derived(pattern: tuple[Any, ...], key: Any, build: Callable[[], T]) -> T:
     if found is not None and all(r is None or r() is not None for r in found[1]):
         return found[0]
     value = build()
+    if _is_captured(first):
+        return value
     kept = tuple(weakref.ref(t) if isinstance(t, Tensor) else None for t in others)
     store[key, rest] = (value, kept)
     return value
+
+
+def _is_captured(first: Any) -> bool:
+    """Whether work on this tensor's device goes into a CUDA graph."""
+    if torch.compiler.is_compiling() or not first.is_cuda:
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 def derived_bytes(pattern: tuple[Any, ...]) -> int:

@@ -103,8 +103,8 @@ def _device_text(device: dict[str, Any]) -> str:
     return f"compute capability {capability}, {readable_bytes(device['memory_bytes'])}"
 
 
-def text() -> str:
-    """All that the command says, for a terminal."""
+def text(width: int | None = None) -> str:
+    """All that the command says, its tables at most `width` wide; None: as wide as they are."""
     rows = [[d["device"], d["name"], _device_text(d)] for d in devices()]
     if len(rows) == 1:
         why = "torch is a CPU build" if torch.version.cuda is None else "torch sees none"
@@ -112,7 +112,7 @@ def text() -> str:
     return "\n\n".join(
         [
             text_table(("package", "version"), [list(item) for item in versions().items()]),
-            text_table(("device", "name", "what it has"), rows),
-            repr(table()),
+            text_table(("device", "name", "what it has"), rows, width=width),
+            table().text(width),
         ]
     )

@@ -110,9 +110,9 @@ def check_version(layout: LayoutTensor, saved: Version | None) -> None:
     if values._version == saved.writes:
         return
     raise RuntimeError(
-        f"backward: expected the values that {layout!r} had in the forward pass, got a layout that "
-        "was written to since, through its transpose, a slice or w.values(); write before the "
-        "forward pass, after backward, or to a copy: w.clone()"
+        f"backward: expected the values that {layout.one_line()} had in the forward pass, got a "
+        "layout that was written to since, through its transpose, a slice or w.values(); write "
+        "before the forward pass, after backward, or to a copy: w.clone()"
     )
 
 

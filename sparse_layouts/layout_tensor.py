@@ -17,6 +17,7 @@ from sparse_layouts import stored_copies  # noqa: F401  registers what is done b
 from sparse_layouts.dispatch import Layout, call_route, fall_back
 from sparse_layouts.dispatch.fallback import densified, first_argument, layouts_in
 from sparse_layouts.dispatch.routes import ROUTES
+from sparse_layouts.dispatch.text import folded, terminal_width
 from sparse_layouts.exported_layouts import opened
 from sparse_layouts.index_identity import same_indices
 from sparse_layouts.matrix_sources import each_matrix, scipy_data
@@ -450,12 +451,34 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return "\n".join(folded(self.one_line(), terminal_width(), "    "))
+
+    def one_line(self) -> str:
+        """The repr on one line, however wide the terminal: for messages and logs."""
         shape = ", ".join(map(str, self.shape))
         dtype = str(self.dtype).removeprefix("torch.")
         text = f"{type(self).__name__}([{shape}], {dtype}, {self.device}"
         details = "".join(f", {line}" for line in self.describe())
         grad = ", requires_grad" if self.requires_grad else ""
         return text + details + grad + ")"
+
+    def _repr_html_(self) -> str:
+        from sparse_layouts.viewing.representation import as_html
+
+        return as_html(self)
+
+    def plot(self, **options: Any) -> Any:
+        """Draws the pattern with matplotlib (extra `viz`), a panel a different head; returns the
+        figure. `sparse_layouts.viewing.plots.plot` has the options and the errors.
+
+        >>> import sparse_layouts as sl
+        >>> figure = sl.causal(256, block_size=32).plot()
+        >>> figure.axes[0].get_ylabel()
+        'query token'
+        """
+        from sparse_layouts.viewing.plots import plot
+
+        return plot(self, **options)
 
     def describe(self) -> list[str]:
         """Short facts for the repr."""

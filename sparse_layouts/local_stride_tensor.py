@@ -4,14 +4,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from sparse_layouts.block_pattern import build_pattern, causal_tile, from_progressions, send
+from sparse_layouts.block_pattern import interval_tiles
 from sparse_layouts.bsr_tensor import BSRTensor
+from sparse_layouts.closed_forms import Progression, Stripe, closed_form
 from sparse_layouts.mask_factories import Device, checked_length, square_block
+from sparse_layouts.outside_graphs import constant_in_graphs
 
 
 class LocalStrideTensor(BSRTensor):
@@ -59,6 +62,7 @@ class LocalStrideTensor(BSRTensor):
         return [f"local {self.local_blocks}, stride {self.vert_stride}", *super().describe()]
 
 
+@constant_in_graphs
 def local_stride(
     seq_len: int,
     *,
@@ -113,7 +117,6 @@ def local_stride(
         raise ValueError(
             f"{what}: num_dense_heads {dense_heads} is more than the {kv_heads} KV heads"
         )
-    on = torch.device(device if device is not None else "cpu")
     nb = -(-n // b)
 
     # The residue (head offset modulo V) that each KV head adds to the column; -1 for a dense head.
@@ -127,34 +130,21 @@ def local_stride(
     index_of = {residue: i for i, residue in enumerate(different)}
     head_map = [index_of[r] for r in residues for _ in range(heads // kv_heads)]
 
-    def segments(where: torch.device) -> list[tuple[Tensor, Any, Tensor]]:
-        return _segments(different, nb, local, stride, causal, where)
-
-    crow, col = from_progressions(segments, device=on)
-    ids = tiles = None
-    if causal and n:
-        tiles = causal_tile(b, b, on)
-        # the diagonal block, the last of every row that has it
-        ids = torch.zeros(col.shape[0], dtype=torch.int32, device=on)
-        last = (crow[:, 1:] - 1).flatten().long()
-        if local > 0:
-            ids.index_fill_(0, last, 1)
-        elif col.numel():  # without local blocks a row may end before its diagonal, or be empty
-            row = torch.arange(nb, device=on).repeat(len(different))
-            on_diagonal = (col[last.clamp(min=0)] == row) & (crow.diff(dim=1).flatten() > 0)
-            ids.index_put_((last.clamp(min=0),), on_diagonal.int(), accumulate=True)
-    lead = () if heads == 1 else (heads,)
-    shared = None
-    if lead and head_map != list(range(len(different))):
-        shared = send(torch.tensor(head_map, dtype=torch.int32), on)
-    pattern = build_pattern(
-        crow,
-        col,
+    tiles = None
+    if causal:
+        stripes = _causal_stripes(different, nb, local, stride)
+        if b > 1:  # the diagonal of blocks of 1 is full
+            tiles = interval_tiles(np.zeros((1, b), np.int32), np.arange(1, b + 1)[None], b)
+    else:
+        stripes = _relative_stripes(different, nb, local, stride)
+    pattern = closed_form(
+        stripes,
+        patterns=len(different),
         shape=(n, n),
         block_size=(b, b),
-        lead=lead,
-        head_map=shared,
-        block_tiles=ids,
+        device=torch.device(device if device is not None else "cpu"),
+        lead=() if heads == 1 else (heads,),
+        head_map=None if head_map == list(range(len(different))) else np.array(head_map),
         tiles=tiles,
     )
     return LocalStrideTensor.on_pattern(
@@ -169,49 +159,44 @@ def local_stride(
     )
 
 
-def _segments(
-    residues: list[int], nb: int, local: int, stride: int, causal: bool, on: torch.device
-) -> list[tuple[Tensor, Any, Tensor]]:
-    """Every row as progressions: strided columns, the local range, and, if not causal, strided
-    columns on the right.
-    """
-    residue = send(torch.tensor(residues), on)[:, None]
-    i = torch.arange(nb, device=on)[None, :].expand(len(residues), -1)
-    dense = residue < 0
-    if causal:
-        low = torch.where(dense, 0, (i - local + 1).clamp(min=0))
-        first = ((-residue) % stride).expand_as(i)
-        strided = ((low - first + stride - 1).div(stride, rounding_mode="floor")).clamp(min=0)
-        strided = torch.where(dense, 0, strided)
-        return [(first, stride, strided), (low, 1, i - low + 1)]
-    # Relative: left of the window at distances L - 1 + V, L - 1 + 2V, ...; with local 0 the
-    # distance 0 itself is not in the window.
-    reach = max(local - 1, 0)
-    low, high = (i - reach).clamp(min=0), (i + reach).clamp(max=nb - 1)
-    if local == 0:
-        return _relative_without_window(i, dense, nb, stride)
-    left = torch.where(dense, 0, (i - reach).clamp(min=0) // stride)
-    right = torch.where(dense, 0, (nb - 1 - i - reach).clamp(min=0) // stride)
-    low, high = torch.where(dense, 0, low), torch.where(dense, nb - 1, high)
+def _each_pattern(numbers: Iterable[int]) -> np.ndarray:
+    """int32 (P, 1), or (1, 1) where all patterns agree."""
+    column = np.array(list(numbers), dtype=np.int32)[:, None]
+    return column[:1] if (column == column[0]).all() else column
+
+
+def _causal_stripes(residues: list[int], nb: int, local: int, stride: int) -> list[Stripe]:
+    """Every `stride`-th column below the window, the window, and the diagonal."""
+    i = np.arange(nb, dtype=np.int32)  # block rows, and block columns
+    reach = _each_pattern(nb if r < 0 else min(max(local, 1), nb) for r in residues)
+    first = _each_pattern(min(-r % stride, nb) for r in residues)
+    stride = min(stride, nb + 1)  # longer ones reach no second column either
+    low = np.maximum(i - reach + 1, 0)
+    strided = i % stride == first
+    on_diagonal = strided | (local > 0) | _each_pattern(r < 0 for r in residues).astype(bool)
+    diagonal = Progression(i, on_diagonal)
     return [
-        (i - reach - left * stride, stride, left),
-        (low, 1, high - low + 1),
-        (i + reach + stride, stride, right),
+        Stripe(
+            Progression(first, (low + (stride - 1) - first) // stride, stride),
+            Progression(i + reach, (nb - i - reach) * strided),
+        ),
+        Stripe(Progression(low, i - low), Progression(i + 1, np.minimum(nb - 1 - i, reach - 1))),
+        Stripe(diagonal, diagonal, tile=1),
     ]
 
 
-def _relative_without_window(
-    i: Tensor, dense: Tensor, nb: int, stride: int
-) -> list[tuple[Tensor, Any, Tensor]]:
-    """local_blocks 0: (|i-j| + 1, and 1 more on the diagonal) must be a multiple of the stride."""
-    # distance d > 0 is stored when (d + 1) % V == 0; the diagonal when 2 % V == 0
-    first = stride - 1 if stride > 1 else 1
-    left = torch.where(dense, 0, torch.where(i >= first, (i - first) // stride + 1, 0))
-    room = nb - 1 - i
-    right = torch.where(dense, 0, torch.where(room >= first, (room - first) // stride + 1, 0))
-    middle = torch.full_like(i, 1 if 2 % stride == 0 else 0)
-    return [
-        (i - first - (left - 1) * stride, stride, left),
-        (torch.where(dense, 0, i), 1, torch.where(dense, nb, middle)),
-        (i + first, stride, right),
-    ]
+def _relative_stripes(residues: list[int], nb: int, local: int, stride: int) -> list[Stripe]:
+    """Every `stride`-th block left of the window, the window, every `stride`-th right of it."""
+    if local:  # |i - j| up to `reach` is the window; the next that is stored is at distance `far`
+        reach, far = local - 1, local - 1 + stride
+    else:  # |i - j| + 1 is a multiple of the stride, on the diagonal, which counts twice, 2
+        reach, far = (0 if 2 % stride == 0 else -1), max(stride - 1, 1)
+    i = np.arange(nb, dtype=np.int32)  # block rows, and block columns
+    reach_of = _each_pattern(nb if r < 0 else min(reach, nb) for r in residues)
+    far_of = _each_pattern(nb if r < 0 else min(far, nb) for r in residues)
+    stride = min(stride, nb + 1)  # longer ones reach no second block either
+    low, high = np.maximum(i - reach_of, 0), np.minimum(i + reach_of, nb - 1)
+    near = Progression(low, high - low + 1)
+    before = Progression((i - far_of) % stride, (i - far_of) // stride + 1, stride)
+    after = Progression(i + far_of, (nb - 1 - i - far_of) // stride + 1, stride)
+    return [Stripe(before, after), Stripe(near, near), Stripe(after, before)]

@@ -18,6 +18,7 @@ from sparse_layouts.block_pattern import (
     BlockPattern,
     build_pattern,
     entry_rows,
+    line_offsets,
     pack_tiles,
     tile_table,
 )
@@ -239,13 +240,11 @@ def select(layout: BSRTensor, index: Any) -> BSRTensor | None:
     k = keys // max(mb * nb, 1)
     counts = torch.zeros(which.numel() * height, dtype=torch.int32, device=p.device)
     counts.index_add_(0, k * height + row - rows[0], torch.ones_like(k, dtype=torch.int32))
-    ends = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    starts = torch.arange(which.numel(), device=p.device)[:, None] * height
     shared = which.numel() < chosen.numel() or not torch.equal(
         head_map, torch.arange(head_map.numel(), device=p.device)
     )
     made = build_pattern(
-        ends[starts + torch.arange(height + 1, device=p.device)],
+        line_offsets(counts.view(which.numel(), height)),
         (column - columns[0]).int(),
         shape=(
             min(rows[1] * p.block_size[0], p.shape[0]) - rows[0] * p.block_size[0],

@@ -113,7 +113,8 @@ class AdditiveMask(torch.Tensor, Layout):
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"AdditiveMask({list(self.shape)}, {self.dtype}, -inf where {self.barred!r} is True)"
+        barred = self.barred.one_line()
+        return f"AdditiveMask({list(self.shape)}, {self.dtype}, -inf where {barred} is True)"
 
 
 def made_by_attention_module() -> bool:

@@ -133,9 +133,9 @@ def dense_operand(value: Tensor, layout: LayoutTensor, what: Any) -> Tensor:
     taken = layout.sample(whole)
     if not torch.equal(taken.to_dense_entries(), whole.to(taken.dtype)):
         raise TypeError(
-            f"{what}: the optimizer's update is not 0 at entries that {layout!r} does not store. "
-            "An optimizer that mixes entries (Muon) cannot train a layout: use one that works "
-            "entry by entry, such as torch.optim.AdamW, or keep the weight dense."
+            f"{what}: the optimizer's update is not 0 at entries that {layout.one_line()} does "
+            "not store. An optimizer that mixes entries (Muon) cannot train a layout: use one that "
+            "works entry by entry, such as torch.optim.AdamW, or keep the weight dense."
         )
     values = taken.stored_values
     assert values is not None

@@ -143,7 +143,7 @@ def short(value: Any) -> str:
     """A layout as it prints, a plain tensor by its type and shape: for messages."""
     if isinstance(value, Tensor) and not isinstance(value, Layout):
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
-    return repr(value)
+    return value.one_line() if isinstance(value, Layout) else repr(value)
 
 
 _TAKE_MASKS = (aten.masked_fill_.Scalar, aten.masked_fill_.Tensor)

@@ -20,12 +20,14 @@ import sparse_layouts as sl
 from benchmarks import attention, report
 from benchmarks import attention_calls as calls
 from benchmarks import attention_cases as cases
+from benchmarks import attention_fp8 as fp8
 from benchmarks import attention_rivals as rivals
 from benchmarks.attention_cases import BEST, CASES, CUDNN, DKERNEL, FLASH2, FLEX, Case
 from benchmarks.attention_preparation import Task, prepare_all, tasks
 from benchmarks.attention_reference import check, places, results_of
 from benchmarks.timing import Row, WrongResult
 from sparse_layouts.kernels.block_attention import cpu, cpu_backward
+from sparse_layouts.kernels.block_attention_fp8 import dequantized
 from sparse_layouts.measuring import Timing, interleaved
 
 
@@ -66,6 +68,7 @@ def cpu_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(attention, "gpu_times", times)
     monkeypatch.setattr(rivals, "gpu_times", times)
+    monkeypatch.setattr(fp8, "gpu_times", times)
 
 
 # --- patterns and references ----------------------------------------------------------------------
@@ -653,6 +656,42 @@ def test_the_file_runs_as_a_script(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == attention.names(False)
 
 
+# --- 8 bits ---------------------------------------------------------------------------------------
+
+
+def test_what_8_bits_lose_is_said(cpu_clock: None) -> None:
+    rows = attention.run(["FP8"], on_cpu(quick=True))
+    assert [row.name for row in rows] == fp8.names(True)
+    for row in rows:
+        assert not row.wrong
+        assert row.timing is not None
+        assert row.kernel == "dequantized"
+        assert row.dense_error is None  # it is not held to that of 16 bits
+        assert row.error is not None
+        assert 0.005 < row.error < 0.1
+        normal, with_means = (note for note in row.notes if "error against float64" in note)
+        assert "without smooth_k" in normal
+        assert "in 16 bits 0." in with_means
+        assert fp8.IN_16_BITS in row.rivals
+    assert report.accuracy(rows) == ""
+
+
+def test_wrong_numbers_in_8_bits_get_no_time(
+    wrong_kernel: Callable[..., None], cpu_clock: None
+) -> None:
+    wrong_kernel(fp8.OP, scaled(dequantized.block_attention_fp8, 0, 1.2))
+    rows = list(fp8.run(["FP8 stride"], True, lambda stage: None, device="cpu"))
+    assert [row.name for row in rows] == ["FP8 stride"]
+    assert "against float64 on the same e4m3 operands" in rows[0].wrong
+    assert rows[0].timing is None
+
+
+def test_8_bits_past_the_deadline_are_left_out() -> None:
+    rows = list(fp8.run(["FP8 D 64"], False, lambda stage: None, 0.0, "cpu"))
+    assert [row.name for row in rows] == ["FP8 D 64", "FP8 D 64 and quantising"]
+    assert all(row.notes == ["left out: no time left"] for row in rows)
+
+
 # --- on a GPU -------------------------------------------------------------------------------------
 
 
@@ -677,3 +716,13 @@ def test_what_calls_cost_on_a_gpu() -> None:
     assert [row.name for row in rows] == calls.NAMES
     assert not [row.wrong for row in rows if row.wrong]
     assert all(row.measured is not None for row in rows)
+
+
+@pytest.mark.gpu
+def test_8_bits_on_a_gpu() -> None:
+    rows = list(fp8.run([], True, lambda stage: None, rounds=1, rep_ms=5))
+    assert [row.name for row in rows] == fp8.names(True)
+    for row in rows:
+        assert not row.wrong
+        assert row.timing is not None
+        assert any(note.startswith("in CUDA graphs") for note in row.notes)

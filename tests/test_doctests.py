@@ -1,4 +1,5 @@
-"""Every example runs: in docstrings, and the Python blocks of README.md and CONTRIBUTING.md.
+"""Every example runs: in docstrings, and the Python blocks of README.md, CONTRIBUTING.md and the
+documentation's pages.
 
 A block fenced as ```python runs, `>>>` lines as a doctest and others as they are, top to bottom in
 one namespace a file, in a process of its own. A block fenced as ```python no-run is only shown.
@@ -21,7 +22,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 FENCED = re.compile(r"^```python[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
-PAGES = ["README.md", "CONTRIBUTING.md"]
+DOCS = sorted((ROOT / "docs" / "pages").rglob("*.md"))
+OPTIONAL = {  # modules whose examples draw or show widgets
+    "sparse_layouts.layout_tensor": "matplotlib",
+    "sparse_layouts.viewing.comparison": "matplotlib",
+    "sparse_layouts.viewing.explorer": "ipywidgets",
+    "sparse_layouts.viewing.plots": "matplotlib",
+    "sparse_layouts.viewing.roofline": "matplotlib",
+}
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(str(page.relative_to(ROOT)) for page in DOCS if FENCED.search(page.read_text("utf-8"))),
+]
 
 
 def module_names() -> list[str]:
@@ -47,6 +60,9 @@ def test_examples_in_docstrings(name: str) -> None:
         pytest.skip("needs Triton, which has wheels for Linux only")
     if ".integrations." in name and importlib.util.find_spec(name.rpartition(".")[2]) is None:
         pytest.skip(f"needs {name.rpartition('.')[2]}, an optional dependency")
+    optional = OPTIONAL.get(name)
+    if optional is not None and importlib.util.find_spec(optional) is None:
+        pytest.skip(f"needs {optional}, an optional dependency")
     result = doctest.testmod(importlib.import_module(name), optionflags=OPTIONS)
     assert result.failed == 0, f"{result.failed} of {result.attempted} examples; see the output"
 
@@ -86,6 +102,9 @@ def run_page_in_process(page: Path, folder: Path) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize("page", PAGES)
 def test_examples_on_pages(page: str, tmp_path: Path) -> None:
+    needs_plots = ".plot(" in (ROOT / page).read_text(encoding="utf-8") or "roofline" in page
+    if needs_plots and importlib.util.find_spec("matplotlib") is None:
+        pytest.skip("needs matplotlib, the extra viz")
     done = run_page_in_process(ROOT / page, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 

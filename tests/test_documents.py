@@ -1,5 +1,5 @@
-"""The pages' tables against the library: what README.md says of every layout and sparsifier; and
-the form of docstrings.
+"""The pages' tables against the library: what README.md says of every layout and the site of every
+sparsifier; and the form of docstrings.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from sparse_layouts.dispatch import Explanation, Facts
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+DOCS = sorted((ROOT / "docs" / "pages").rglob("*.md"))
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(str(page.relative_to(ROOT)) for page in DOCS),
+]
 Row = dict[str, str]
 
 
@@ -73,7 +79,8 @@ def test_every_name_on_a_page_exists(page: str) -> None:
 
 
 def test_every_public_name_is_on_a_page() -> None:
-    pages = README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    pages = re.sub(r"^:::.*$", "", pages, flags=re.MULTILINE)  # a directive explains nothing
     missing = set(sl.__all__) - set(re.findall(r"\b(?:sl\.)?([A-Z]\w+)\b", pages)) - names(pages)
     # these two are what a warning or an error says itself
     assert missing <= {"DenseFallbackError", "DenseFallbackWarning"}
@@ -213,7 +220,8 @@ def test_bytes_of_two_of_four() -> None:
 
 
 def test_every_sparsifier_has_a_row_with_its_scope() -> None:
-    rows = table_of("`keep=`")
+    page = ROOT / "docs" / "pages" / "reference" / "sparsifiers.md"
+    rows = table_of("`keep=`", page.read_text(encoding="utf-8"))
     known = {"sl": sl, "value": 1.0, "density": 0.5, "like": torch.eye(4) > 0, "n": 2, "m": 4}
     for row in rows:
         assert eval(row["`keep=`"].strip("`"), known).scope == row["scope"], row
@@ -227,7 +235,7 @@ def test_every_sparsifier_has_a_row_with_its_scope() -> None:
 
 # --- docstrings -----------------------------------------------------------------------------------
 
-FOLDERS = ("sparse_layouts", "dispatch", "kernels", "benchmarks", "tests")
+FOLDERS = ("sparse_layouts", "dispatch", "kernels", "benchmarks", "docs", "tests")
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef
 
 

@@ -210,7 +210,7 @@ print(list(sparse_layouts.kernels.__path__)[0])
 
 # What importing needs and costs
 
-HEAVY = ["triton", "matplotlib", "transformers", "IPython", "rich", "tqdm"]
+HEAVY = ["triton", "scipy", "matplotlib", "transformers", "IPython", "ipywidgets", "rich", "tqdm"]
 
 IMPORT_WITHOUT = """
 import importlib, importlib.abc, sys
@@ -264,6 +264,21 @@ def other_library(tmp_path: Path) -> Path:
 def test_import_needs_nothing_heavy() -> None:
     done = run_python(IMPORT_WITHOUT, "sparse_layouts", *HEAVY, path=[ROOT])
     assert done.returncode == 0, done.stderr
+
+
+def test_what_people_look_at_is_imported_when_asked_for() -> None:
+    code = """
+import sys, sparse_layouts as sl
+assert not [name for name in sys.modules if name.startswith("sparse_layouts.viewing")]
+from sparse_layouts import compare
+assert sl.compare is compare and {"compare", "explore", "roofline"} <= set(sl.__all__)
+try:
+    sl.no_such_name
+except AttributeError as error:
+    print(error)
+"""
+    found = output_of(code, path=[ROOT])
+    assert found == "module 'sparse_layouts' has no attribute 'no_such_name'"
 
 
 def test_a_heavy_import_is_found(other_library: Path) -> None:

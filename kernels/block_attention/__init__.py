@@ -105,8 +105,8 @@ def _tma_readable(x: Tensor) -> bool:
     )
 
 
-def _dense_bytes(q: Tensor, k: Tensor, p: BlockPattern, sequences: Sequences | None) -> int:
-    # the scores and the probabilities, in fp32 (fp64 for fp64)
+def dense_bytes(q: Tensor, k: Tensor, p: BlockPattern, sequences: Sequences | None) -> int:
+    """What the reference makes dense: scores and probabilities, in fp32 (fp64 for fp64)."""
     batch, rows, columns = q.shape[0], q.shape[2], k.shape[2]
     if sequences is not None:
         batch, (rows, columns) = sequences.num_sequences, p.shape
@@ -119,6 +119,34 @@ def check_lengths(q: Tensor, k: Tensor, pattern: BlockPattern, sequences: Sequen
     """
     if sequences is not None and q.device.type == "cpu":
         check_values("attention", sequences, q.shape[2], k.shape[2], pattern.shape)
+
+
+def run_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    head_map: Tensor,
+    *,
+    bias: Tensor | None = None,
+    sequences: Sequences | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` by the first kernel whose requirements hold; arguments as the reference's."""
+    return run(
+        OP,
+        facts(q, k, v, pattern, bias=bias is not None, lengths=sequences is not None),
+        reference.block_attention,
+        dense_bytes(q, k, pattern, sequences),
+        q,
+        k,
+        v,
+        pattern,
+        head_map,
+        bias=bias,
+        sequences=sequences,
+        **options,
+    )
 
 
 def _launch(
@@ -135,11 +163,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     sequences = sequences_of(*lengths)
     check_lengths(q, k, pattern, sequences)
-    out, lse = run(
-        OP,
-        facts(q, k, v, pattern, bias=bias is not None, lengths=sequences is not None),
-        reference.block_attention,
-        _dense_bytes(q, k, pattern, sequences),
+    out, lse = run_forward(
         q,
         k,
         v,
@@ -206,7 +230,7 @@ def _launch_backward(
         BACKWARD,
         facts(q, k, v, pattern, bias=bias is not None, lengths=sequences is not None),
         reference.block_attention_backward,
-        2 * _dense_bytes(q, k, pattern, sequences),
+        2 * dense_bytes(q, k, pattern, sequences),
         dout,
         dlse,
         q,
@@ -241,11 +265,11 @@ def _shape_backward(
 
 
 # how sequences stand in a schema: what `sequences_of` takes
-_LENGTHS = "Tensor? q_starts, Tensor? q_lens, Tensor? k_starts, Tensor? k_lens"
+LENGTHS_SCHEMA = "Tensor? q_starts, Tensor? q_lens, Tensor? k_starts, Tensor? k_lens"
 block_attention_op = opaque.define(
     OP,
     "Tensor q, Tensor k, Tensor v, {pattern}, float scale, float dropout_p, Tensor? seed, "
-    f"Tensor? bias, Tensor? bias_base, {_LENGTHS}",
+    f"Tensor? bias, Tensor? bias_base, {LENGTHS_SCHEMA}",
     _launch,
     _shape,
     "(Tensor, Tensor)",
@@ -254,7 +278,7 @@ block_attention_backward_op = opaque.define(
     BACKWARD,
     "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {pattern}, "
     "float scale, float dropout_p, "
-    f"Tensor? seed, Tensor? bias, Tensor? bias_base, bool bias_gradient, {_LENGTHS}",
+    f"Tensor? seed, Tensor? bias, Tensor? bias_base, bool bias_gradient, {LENGTHS_SCHEMA}",
     _launch_backward,
     _shape_backward,
     "(Tensor, Tensor, Tensor, Tensor)",

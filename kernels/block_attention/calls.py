@@ -25,6 +25,9 @@ from sparse_layouts.kernels.block_attention import (
 from sparse_layouts.kernels.block_attention.checks import check_attention
 from sparse_layouts.kernels.block_attention.length_checks import lengths_of
 from sparse_layouts.kernels.block_attention.recall import recall, recall_or_settle, recall_sdpa
+from sparse_layouts.kernels.block_attention_fp8 import attend_fp8, uses_of_fp8
+from sparse_layouts.kernels.block_attention_fp8.checks import check_fp8
+from sparse_layouts.kernels.block_attention_fp8.operands import FP8Operand
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,9 +55,9 @@ def _uses(
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | FP8Operand,
+    k: Tensor | FP8Operand,
+    v: Tensor | FP8Operand,
     mask: BSRTensor,
     *,
     scale: float | None = None,
@@ -101,6 +104,10 @@ def attention(
     decrease or leave the tensors or the mask); on a GPU they are not read by the host but clamped
     to the tensors, and what lies beyond the mask is not attended to.
 
+    **In 8 bits.** q, k and v may be what `sl.quantize_fp8(q, k, v)` made (all three): out is in the
+    dtype that q had, to a few percent. Lengths as above; a bias, dropout and gradients raise
+    `NotImplementedError`.
+
     >>> import torch, sparse_layouts as sl
     >>> q = k = v = torch.randn(1, 2, 100, 16)
     >>> out, lse = sl.attention(q, k, v, sl.causal(100, block_size=32), return_lse=True)
@@ -113,6 +120,12 @@ def attention(
     torch.Size([130, 2, 16])
     """
     lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, q_lens, kv_lens, kv_starts)
+    if isinstance(q, FP8Operand) or isinstance(k, FP8Operand) or isinstance(v, FP8Operand):
+        operands = check_fp8(
+            "attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale, lengths=lengths
+        )
+        out, lse = attend_fp8(*operands, mask, scale, lengths, return_lse)
+        return (out, lse) if return_lse else out
     plain = bias is None and lengths is None and not dropout_p and not return_lse
     if plain and isinstance(mask, BSRTensor):
         result = recall(q, k, v, mask, scale, "attention")
@@ -133,9 +146,9 @@ def attention(
 
 
 def uses_of_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | FP8Operand,
+    k: Tensor | FP8Operand,
+    v: Tensor | FP8Operand,
     mask: BSRTensor,
     *,
     scale: float | None = None,
@@ -150,6 +163,11 @@ def uses_of_attention(
 ) -> list[Use]:
     """For `sl.explain`."""
     lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, q_lens, kv_lens, kv_starts)
+    if isinstance(q, FP8Operand) or isinstance(k, FP8Operand) or isinstance(v, FP8Operand):
+        operands = check_fp8(
+            "attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale, lengths=lengths
+        )
+        return uses_of_fp8(*operands, mask, lengths)
     check_attention(
         "attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale, lengths=lengths
     )

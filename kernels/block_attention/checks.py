@@ -32,9 +32,11 @@ def check_attention(
     scale: float | None = None,
     exact_rows: bool = False,
     lengths: Lengths | None = None,
+    scaled: bool = False,
 ) -> None:
     """Raises `TypeError` or `ValueError` for operands that do not fit; `exact_rows`: the mask has
-    as many rows as q. With `lengths` the mask's size does not matter.
+    as many rows as q. With `lengths` the mask's size does not matter. `scaled`: operands of 8 bits
+    have scales, which are not checked here.
     """
     if not isinstance(mask, BSRTensor):
         kind = type(mask).__name__
@@ -54,6 +56,11 @@ def check_attention(
             raise TypeError(f"{what}: {name} is a dense tensor, got {type(t).__name__}")
         if not t.dtype.is_floating_point:
             raise TypeError(f"{what}: {name} must be floating, got {t.dtype}")
+        if t.element_size() == 1 and not scaled:
+            raise TypeError(
+                f"{what}: {name} in {t.dtype} has no scale; q, k, v = sl.quantize_fp8(q, k, v) "
+                f"makes operands in 8 bits of bfloat16, float16 or float32"
+            )
         if lengths is not None:
             _check_dimensions(what, name, t, lengths)
         if not 2 <= t.dim() <= 4:

@@ -20,13 +20,7 @@ from sparse_layouts.kernels.block_attention.hopper_backward_kernel import (
     TERMS_LAYOUT,
     hopper_attention_backward,
 )
-from sparse_layouts.kernels.block_attention.hopper_common import (
-    bundle_size,
-    multiprocessors,
-    rows_descriptor,
-    rows_descriptor_type,
-    work_counter,
-)
+from sparse_layouts.kernels.block_attention.hopper_common import bundle_size
 from sparse_layouts.kernels.block_attention.reference import dropout_threshold
 from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_attention.triton_common import (
@@ -38,6 +32,12 @@ from sparse_layouts.kernels.block_attention.triton_common import (
 from sparse_layouts.kernels.block_attention.unit_schedule import (
     GradientSchedules,
     gradient_schedules,
+)
+from sparse_layouts.kernels.hopper_common import (
+    multiprocessors,
+    rows_descriptor,
+    rows_descriptor_type,
+    work_counter,
 )
 from sparse_layouts.kernels.launching import PackedLaunch
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES

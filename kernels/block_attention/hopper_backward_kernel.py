@@ -35,16 +35,14 @@ from sparse_layouts.kernels.block_attention.hopper_common import (
     HEAD,
     ITEM,
     LOG2E,
-    ROWS_LAYOUT,
     dropout_keep,
-    field,
     select,
     store_rows,
     store_tile,
     stored_words,
     tile_counts,
-    wait_full,
 )
+from sparse_layouts.kernels.hopper_common import ROWS_LAYOUT, field, wait_full
 
 START, TILES = gl.constexpr(unit_schedule.START), gl.constexpr(unit_schedule.TILES)
 UNITS, DEAD = gl.constexpr(unit_schedule.UNITS), gl.constexpr(unit_schedule.DEAD)

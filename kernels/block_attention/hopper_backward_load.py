@@ -7,14 +7,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from sparse_layouts.kernels.block_attention import unit_schedule
-from sparse_layouts.kernels.block_attention.hopper_common import (
-    BATCH,
-    HEAD,
-    ITEM,
-    finish,
-    load_rows,
-    wait_free,
-)
+from sparse_layouts.kernels.block_attention.hopper_common import BATCH, HEAD, ITEM, load_rows
+from sparse_layouts.kernels.hopper_common import finish, wait_free
 
 START, TILES = gl.constexpr(unit_schedule.START), gl.constexpr(unit_schedule.TILES)
 OFFSET, UNITS = gl.constexpr(unit_schedule.OFFSET), gl.constexpr(unit_schedule.UNITS)

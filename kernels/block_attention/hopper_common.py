@@ -1,53 +1,22 @@
-"""What the Gluon attention kernels share: rings of buffers, items of work, masks, dropout, rows.
+"""What the Gluon attention kernels share: masks, dropout, rows of queries and keys.
 
 A program has one producer warp, which claims items of work and loads tiles by TMA, and one or two
-consumer warpgroups, which multiply. `turn` counts the uses of a ring: its place in the ring is
-`turn % SIZE`, and its barriers flip with `turn // SIZE`.
+consumer warpgroups, which multiply.
 """
 
 from __future__ import annotations
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from sparse_layouts.kernels.triton_common import DTYPE_NAMES
-
-# 64 columns of two bytes are what a swizzle of 128 bytes spans
-ROWS_LAYOUT = gl.constexpr(
-    gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-)
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 # fields of an item beside the 16 of its row of the schedule
 BATCH, HEAD = gl.constexpr(16), gl.constexpr(17)
 ITEM = gl.constexpr(31)
-
-
-@gluon.jit
-def wait_full(bars, turn, SIZE: gl.constexpr, pred=True):
-    """Waits until the buffer of this turn is filled."""
-    mbarrier.wait(bars.index(turn % SIZE), (turn // SIZE) & 1, pred=pred)
-
-
-@gluon.jit
-def wait_free(bars, turn, SIZE: gl.constexpr):
-    """Waits until the buffer of this turn is released by those that read it a round before."""
-    mbarrier.wait(bars.index(turn % SIZE), ((turn // SIZE) & 1) ^ 1)
-
-
-@gluon.jit
-def field(items, place, which: gl.constexpr):
-    """One number of an item, the same in every thread of a warpgroup."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(items.index(place).slice(which, 1).load(layout), 0)
 
 
 @gluon.jit
@@ -235,15 +204,6 @@ def dropout_keep(seed, threshold, batch, head, rows, columns):
     return word >= threshold.to(gl.uint32)
 
 
-@gluon.jit
-def finish(counter_ptr):
-    """The last producer to come here makes the counter ready for the next launch."""
-    done = gl.atomic_add(counter_ptr + 1, 1, sem="acq_rel")
-    if done == gl.num_programs(0) - 1:
-        gl.store(counter_ptr, 0)
-        gl.store(counter_ptr + 1, 0)
-
-
 @triton.jit(
     do_not_specialize=["num_sequences", "query_rows", "key_rows", "mask_rows", "mask_columns"]
 )
@@ -290,42 +250,6 @@ def sequence_tiles(
 
 
 # --- on the host ----------------------------------------------------------------------------------
-
-
-def rows_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """A descriptor of (B, H, N, D) that moves `rows` rows of 64 columns."""
-    # the stride of a dimension of one is never used, but has to be a multiple of 16 bytes
-    strides = [16 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
-    strides[-1] = 1
-    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, 64], ROWS_LAYOUT.value)
-
-
-def rows_descriptor_type(dtype: torch.dtype, rows: int) -> str:
-    """The type of :func:`rows_descriptor` in a kernel's signature."""
-    return f"tensordesc<{DTYPE_NAMES[dtype]}[1, 1, {rows}, 64],{ROWS_LAYOUT.value!r}>"
-
-
-@functools.cache
-def _counter(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(2, dtype=torch.int32, device=device)
-
-
-def work_counter(device: torch.device, stream: int) -> Tensor:
-    """The counter that programs claim items from: 0 before a launch and, by its last program, too
-    after it.
-
-    Launches on one stream follow each other and share it; a captured graph, which may run beside
-    them, has its own.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=device)
-    return _counter(device, stream)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has: a program each, or a few."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def bundle_size(samples: int, bytes_each: int, budget: int) -> int:

@@ -12,14 +12,7 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.heads import shared_lists
-from sparse_layouts.kernels.block_attention.hopper_common import (
-    bundle_size,
-    multiprocessors,
-    rows_descriptor,
-    rows_descriptor_type,
-    sequence_tiles,
-    work_counter,
-)
+from sparse_layouts.kernels.block_attention.hopper_common import bundle_size, sequence_tiles
 from sparse_layouts.kernels.block_attention.hopper_forward_kernel import hopper_attention_forward
 from sparse_layouts.kernels.block_attention.reference import dropout_threshold
 from sparse_layouts.kernels.block_attention.sequences import Sequences
@@ -29,6 +22,12 @@ from sparse_layouts.kernels.block_attention.triton_common import (
     signature,
 )
 from sparse_layouts.kernels.block_attention.unit_schedule import unit_schedule
+from sparse_layouts.kernels.hopper_common import (
+    multiprocessors,
+    rows_descriptor,
+    rows_descriptor_type,
+    work_counter,
+)
 from sparse_layouts.kernels.launching import PackedLaunch
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES
 

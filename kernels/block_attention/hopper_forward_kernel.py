@@ -25,16 +25,13 @@ from sparse_layouts.kernels.block_attention.hopper_common import (
     ITEM,
     LN2,
     LOG2E,
-    ROWS_LAYOUT,
     dropout_keep,
-    field,
     select,
     store_rows,
     store_tile,
     stored_words,
     tile_columns,
     tile_counts,
-    wait_full,
 )
 from sparse_layouts.kernels.block_attention.hopper_forward_load import (
     FIRST_ROW,
@@ -44,6 +41,7 @@ from sparse_layouts.kernels.block_attention.hopper_forward_load import (
     SHIFT,
     produce,
 )
+from sparse_layouts.kernels.hopper_common import ROWS_LAYOUT, field, wait_full
 
 START, TILES = gl.constexpr(unit_schedule.START), gl.constexpr(unit_schedule.TILES)
 UNITS = gl.constexpr(unit_schedule.UNITS)

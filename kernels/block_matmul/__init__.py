@@ -1,7 +1,8 @@
 """block_matmul: a block layout times a dense matrix, either way round, with gradients to both.
 
 `out = W @ x`, W (*batch, *lead, M, K) a BSRTensor, x dense; the other products are made of this one
-(`kernels/products.py`), a transposed W by its column lists. The gradient to W is `sddmm`.
+(`kernels/products.py`), a transposed W by its column lists. The gradient to W is `sddmm`. A linear
+layer's bias and activation are part of it: `activation(W @ x + bias)`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.dispatch import (
     Facts,
     Use,
+    capability_of,
     facts_of,
     register_kernel,
     run,
@@ -24,44 +26,80 @@ from sparse_layouts.dispatch import (
 from sparse_layouts.kernels import requirements, sddmm
 from sparse_layouts.kernels.block_matmul import reference
 from sparse_layouts.kernels.product_routes import register_products
-from sparse_layouts.kernels.products import Family, broadcast_product
+from sparse_layouts.kernels.products import (
+    Family,
+    broadcast_product,
+    columns_fact,
+    tma_readable,
+)
 
 OP = "block_matmul"
-register_kernel(
-    OP,
-    "triton",
-    "sparse_layouts.kernels.block_matmul.triton_block_matmul:block_matmul",
-    requirements.triton_blocks,
-)
-register_kernel(OP, "cpu", "sparse_layouts.kernels.block_matmul.cpu:block_matmul", requirements.cpu)
+_HERE = "sparse_layouts.kernels.block_matmul"
+for _name, _module, _requires in (
+    ("triton_few_columns", "triton_few_columns", requirements.triton_few_columns),
+    ("hopper", "hopper_block_matmul", requirements.hopper_block_matmul),
+    ("triton", "triton_block_matmul", requirements.triton_blocks),
+    ("cpu", "cpu", requirements.cpu),
+):
+    register_kernel(OP, _name, f"{_HERE}.{_module}:block_matmul", _requires)
 
 
-def facts(values: Tensor, block_size: tuple[int, int]) -> Facts:
+def facts(
+    values: Tensor, pattern: BlockPattern, x: Tensor, transposed_output: bool = False
+) -> Facts:
     """What the choice of a kernel depends on."""
-    return facts_of(values, block_size=block_size)
+    columns = x.shape[-1]
+    unbroken = pattern.shape[0] if transposed_output else columns
+    return facts_of(
+        values,
+        block_size=pattern.block_size,
+        columns=columns_fact(columns),
+        tma=capability_of(values.device) == (9, 0)
+        and tma_readable(values)
+        and tma_readable(x)
+        and unbroken * values.element_size() % 16 == 0,
+    )
 
 
-def _launch(values: Tensor, pattern: BlockPattern, x: Tensor, transposed_output: bool) -> Tensor:
+def _launch(
+    values: Tensor,
+    pattern: BlockPattern,
+    x: Tensor,
+    transposed_output: bool,
+    bias: Tensor | None,
+    activation: str | None,
+) -> Tensor:
     batch = max(values.shape[0], x.shape[0]) if values.shape[0] and x.shape[0] else 0
     patterns = pattern.num_patterns
     dense = values.shape[0] * patterns * math.prod(pattern.shape) * values.element_size()
+    own = facts(values, pattern, x, transposed_output)
     if values.shape[0] != batch:
         values = values.expand(batch, -1, -1, -1)
     if x.shape[0] != batch:
         x = x.expand(batch, -1, -1, -1)
+    # a user's own kernel of products alone need not know of these
+    more = {} if bias is None and activation is None else {"bias": bias, "activation": activation}
     return run(
         OP,
-        facts(values, pattern.block_size),
+        own,
         reference.block_matmul,
         dense,
         values,
         pattern,
         x,
         transposed_output=transposed_output,
+        **more,
     )
 
 
-def _shape(values: Tensor, pattern: BlockPattern, x: Tensor, transposed_output: bool) -> Tensor:
+def _shape(
+    values: Tensor,
+    pattern: BlockPattern,
+    x: Tensor,
+    transposed_output: bool,
+    bias: Tensor | None,
+    activation: str | None,
+) -> Tensor:
     batch = max(values.shape[0], x.shape[0])
     m, n = pattern.shape[0], x.shape[-1]
     if transposed_output:
@@ -70,40 +108,56 @@ def _shape(values: Tensor, pattern: BlockPattern, x: Tensor, transposed_output: 
 
 
 block_matmul_op = opaque.define(
-    OP, "Tensor values, {pattern}, Tensor x, bool transposed_output", _launch, _shape
+    OP,
+    "Tensor values, {pattern}, Tensor x, bool transposed_output, Tensor? bias, str? activation",
+    _launch,
+    _shape,
 )
 
 
-def multiply(layout: BSRTensor, x: Tensor, transposed_output: bool = False) -> Tensor:
-    """`W @ x` with broadcasting over the leading dimensions, without autograd."""
+def multiply(
+    layout: BSRTensor,
+    x: Tensor,
+    transposed_output: bool = False,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """`activation(W @ x + bias)` with broadcasting over the leading dimensions, without autograd;
+    bias (M,).
+    """
     values, pattern = layout.inner_values, layout.block_pattern
     assert values is not None
 
     def product_of_one(flat_values: Tensor, flat_x: Tensor) -> Tensor:
-        return block_matmul_op(flat_values, pattern, flat_x, transposed_output)
+        return block_matmul_op(flat_values, pattern, flat_x, transposed_output, bias, activation)
 
     return broadcast_product(values, 3, pattern.lead, pattern.shape[0], x, product_of_one)
 
 
 def _uses(layout: BSRTensor, x: Tensor) -> list[Use]:
     assert layout.inner_values is not None
-    own = facts(layout.inner_values, layout.block_size)
+    pattern = layout.block_pattern
+    own = facts(layout.inner_values, pattern, x, x.stride(-1) != 1)
     flipped = own._replace(block_size=own.block_size[::-1])
+    sampled = own._replace(columns=0)
     uses = [Use("forward", OP, own)]
     if torch.is_grad_enabled() and x.requires_grad:
         uses.append(Use("gradient of the dense operand", OP, flipped))
     if torch.is_grad_enabled() and layout.requires_grad:
-        uses.append(Use("gradient of the layout's values", "sddmm", own))
+        uses.append(Use("gradient of the layout's values", "sddmm", sampled))
     return uses
 
 
 def _uses_of_sample(a: Tensor, b: Tensor, mask: BSRTensor) -> list[Use]:
-    own = facts(a, mask.block_size)
+    own = sddmm.facts(a, b, mask.block_pattern)
     uses = [Use("forward", sddmm.OP, own)]
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        uses.append(Use("gradients of a and b", OP, own))
+    for name, factor in (("a", a), ("b", b)):
+        if torch.is_grad_enabled() and factor.requires_grad:
+            columns = columns_fact(a.shape[-1])
+            gradient = own._replace(columns=columns, partial=False)
+            uses.append(Use(f"gradient of {name}", OP, gradient))
     return uses
 
 
-FAMILY = Family(multiply, sddmm.sample, _uses, _uses_of_sample)
+FAMILY = Family(multiply, sddmm.sample, _uses, _uses_of_sample, multiply)
 register_products(BSRTensor, FAMILY)

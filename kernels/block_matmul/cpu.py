@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from sparse_layouts.block_pattern import BlockPattern
+from sparse_layouts.kernels.activations import finish
 from sparse_layouts.kernels.cpu_common import (
     Scratch,
     dense_blocks,
     gather_blocks,
     pad_rows,
     product_dtype,
+    score_dtype,
 )
 from sparse_layouts.kernels.cpu_schedule import row_schedule
 
@@ -22,9 +24,24 @@ STEP_ENTRIES = 2**19
 
 
 def block_matmul(
-    values: Tensor, pattern: BlockPattern, x: Tensor, *, transposed_output: bool = False
+    values: Tensor,
+    pattern: BlockPattern,
+    x: Tensor,
+    *,
+    transposed_output: bool = False,
+    bias: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
-    """`out[b, p] = W[b, p] @ x[b, p]` as the reference's `block_matmul` defines it."""
+    """`out[b, p] = activation(W[b, p] @ x[b, p] + bias)` as the reference's `block_matmul` defines
+    it; in bfloat16 the product itself is rounded too.
+    """
+    out = _product(values, pattern, x, transposed_output)
+    if bias is not None or activation is not None:
+        out.copy_(finish(out.to(score_dtype(x.dtype)), bias, activation))
+    return out
+
+
+def _product(values: Tensor, pattern: BlockPattern, x: Tensor, transposed_output: bool) -> Tensor:
     p, (batch, patterns, _, n) = pattern, x.shape
     batch = max(batch, values.shape[0]) if min(batch, values.shape[0]) else 0
     (m, _), (bm, bn), (mb, nb) = p.shape, p.block_size, p.grid

@@ -11,11 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_layouts.block_pattern import BlockPattern
+from sparse_layouts.kernels.activations import ACTIVATIONS, finish_nothing
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.triton_common import (
     BLOCK_SIZES,
     DTYPE_NAMES,
     FEW_BLOCK_SIZES,
+    finished,
     fitting_stages,
     input_precision,
     kernel_signature,
@@ -45,6 +47,7 @@ def block_matmul_kernel(
     out_ptr,
     values_ptr,
     x_ptr,
+    bias_ptr,
     crow_ptr,
     col_ptr,
     slots_ptr,
@@ -73,6 +76,7 @@ def block_matmul_kernel(
     WHOLE: tl.constexpr,
     SWAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     # Row tiles are the fastest index: programs that run together read the same columns of x.
     pid = tl.program_id(0)
@@ -132,6 +136,10 @@ def block_matmul_kernel(
         acc = tl.trans(acc)
 
     rows = block_row * BM + offs_m
+    bias = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + rows, mask=rows < M, other=0.0)[:, None]
+    acc = finished(acc, bias, ACTIVATION)
     mask_out = mask_n[None, :] if WHOLE else (rows < M)[:, None] & mask_n[None, :]
     out_ptr += matrix.to(tl.int64) * stride_out_matrix
     out = out_ptr + (rows.to(tl.int64) * stride_out_m)[:, None]
@@ -140,14 +148,21 @@ def block_matmul_kernel(
 
 
 def block_matmul(
-    values: Tensor, pattern: BlockPattern, x: Tensor, *, transposed_output: bool = False
+    values: Tensor,
+    pattern: BlockPattern,
+    x: Tensor,
+    *,
+    transposed_output: bool = False,
+    bias: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
-    """`out[b, p] = W[b, p] @ x[b, p]`, W the matrix of `values` on the p-th pattern.
+    """`out[b, p] = activation(W[b, p] @ x[b, p] + bias)`, W the matrix of `values` on the p-th
+    pattern.
 
-    Shapes: `values` (B or 1, S, bm, bn), x (B or 1, P, K, N), any strides (0 where expanded); out
-    (B, P, M, N), with `transposed_output` in the storage of a contiguous (B, P, N, M). bfloat16,
-    float16, float32, float64; accumulates in float32 (float64 for float64). float32 is read as tf32
-    where `torch.backends.cuda.matmul.fp32_precision` says so.
+    Shapes: `values` (B or 1, S, bm, bn), x (B or 1, P, K, N), any strides (0 where expanded); bias
+    (M,); out (B, P, M, N), with `transposed_output` in the storage of a contiguous (B, P, N, M).
+    bfloat16, float16, float32, float64; accumulates, adds and activates in float32 (float64 for
+    float64). float32 is read as tf32 where `torch.backends.cuda.matmul.fp32_precision` says so.
     """
     p = pattern
     (m, k), (bm, bk), n = p.shape, p.block_size, x.shape[3]
@@ -157,7 +172,7 @@ def block_matmul(
     else:
         out = x.new_empty(batch, p.num_patterns, m, n)
     if out.numel() == 0 or p.num_blocks == 0:
-        return out.zero_()
+        return finish_nothing(out, bias, activation)
     precision = input_precision(x.dtype)
     constexprs, options = _config(x.dtype, p.block_size, n, precision)
     buffer_bytes = constexprs["TILE_K"] * (constexprs["TILE_M"] + constexprs["TILE_N"])
@@ -171,6 +186,7 @@ def block_matmul(
             out,
             values,
             x,
+            bias,
             p.crow_indices,
             p.col_indices,
             p.row_slots,
@@ -187,6 +203,7 @@ def block_matmul(
             m * n,
             *out.stride()[2:],
             WHOLE=m % bm == 0 and k % bk == 0,
+            ACTIVATION=activation,
             **constexprs,
             **options,
         )
@@ -194,7 +211,9 @@ def block_matmul(
 
 
 def compilations() -> Iterator[Compilation]:
-    """Every configuration: dtypes, block sizes, few columns; transposed operands, ragged sizes."""
+    """Every configuration: dtypes, block sizes, few columns; transposed operands, ragged sizes, a
+    bias and activations.
+    """
     dtypes = [(d, "ieee") for d in DTYPE_NAMES] + [(torch.float32, "tf32")]
     for dtype, precision in dtypes:
         common = dtype.itemsize == 2 or (dtype, precision) == (torch.float32, "ieee")
@@ -205,6 +224,10 @@ def compilations() -> Iterator[Compilation]:
         for block_size in ((16, 16), (64, 64)):
             yield _compilation(dtype, block_size, 4096, precision, transposed=True)
             yield _compilation(dtype, block_size, 4096, precision, whole=False)
+    for activation in (None, *ACTIVATIONS):
+        yield _compilation(torch.bfloat16, (64, 64), 4096, "ieee", bias=True, activation=activation)
+    for dtype in (torch.float32, torch.float64):
+        yield _compilation(dtype, (64, 64), 4096, "ieee", bias=True, activation="gelu")
 
 
 def _config(
@@ -235,18 +258,24 @@ def _compilation(
     *,
     transposed: bool = False,
     whole: bool = True,
+    bias: bool = False,
+    activation: str | None = None,
 ) -> Compilation:
     name = DTYPE_NAMES[dtype]
     constexprs, options = _config(dtype, block_size, n, precision)
     constexprs["WHOLE"] = whole
+    constexprs["ACTIVATION"] = activation
     constexprs["stride_values_m" if transposed else "stride_values_k"] = 1
     constexprs["stride_x_k" if transposed else "stride_x_n"] = 1
     constexprs["stride_out_m" if transposed else "stride_out_n"] = 1
     if not transposed:
         constexprs["slots_ptr"] = None
-    pointers = dict.fromkeys(("out_ptr", "values_ptr", "x_ptr"), f"*{name}")
+    if not bias:
+        constexprs["bias_ptr"] = None
+    pointers = dict.fromkeys(("out_ptr", "values_ptr", "x_ptr", "bias_ptr"), f"*{name}")
     parts = ["x".join(map(str, block_size)), name, precision if dtype == torch.float32 else ""]
     parts += ["narrow" * (n <= NARROW), "transposed" * transposed, "ragged" * (not whole)]
+    parts += ["bias" * bias, activation]
     return Compilation(
         f"block_matmul[{','.join(part for part in parts if part)}]",
         block_matmul_kernel,

@@ -18,30 +18,41 @@ from sparse_layouts.block_pattern import BlockPattern, expand_heads
 from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.dispatch import (
     Facts,
+    capability_of,
     facts_of,
     register_kernel,
     run,
 )
 from sparse_layouts.kernels import requirements
+from sparse_layouts.kernels.products import tma_readable
 from sparse_layouts.kernels.sddmm import reference
 from sparse_layouts.layout_tensor import LayoutTensor
 
 L = TypeVar("L", bound=LayoutTensor)
 OP = "sddmm"
 register_kernel(
+    OP, "hopper", "sparse_layouts.kernels.sddmm.hopper_sddmm:sddmm", requirements.hopper_sddmm
+)
+register_kernel(
     OP, "triton", "sparse_layouts.kernels.sddmm.triton_sddmm:sddmm", requirements.triton_blocks
 )
 register_kernel(OP, "cpu", "sparse_layouts.kernels.sddmm.cpu:sddmm", requirements.cpu)
 
 
-def facts(a: Tensor, block_size: tuple[int, int]) -> Facts:
+def facts(a: Tensor, b: Tensor, pattern: BlockPattern) -> Facts:
     """What the choice of a kernel depends on."""
-    return facts_of(a, block_size=block_size)
+    (m, n), (bm, bn) = pattern.shape, pattern.block_size
+    return facts_of(
+        a,
+        block_size=pattern.block_size,
+        tma=capability_of(a.device) == (9, 0) and tma_readable(a) and tma_readable(b),
+        partial=pattern.tiles is not None or m % bm != 0 or n % bn != 0,
+    )
 
 
 def _launch(a: Tensor, b: Tensor, pattern: BlockPattern) -> Tensor:
     dense = a.shape[0] * pattern.num_patterns * math.prod(pattern.shape) * a.element_size()
-    return run(OP, facts(a, pattern.block_size), reference.sddmm, dense, a, b, pattern)
+    return run(OP, facts(a, b, pattern), reference.sddmm, dense, a, b, pattern)
 
 
 def _shape(a: Tensor, b: Tensor, pattern: BlockPattern) -> Tensor:

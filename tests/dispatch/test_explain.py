@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from typing import Any
@@ -72,7 +73,7 @@ def test_every_kernel_is_named(name: str, w: sl.BSRTensor) -> None:
     said = sl.explain(*make(w))
     assert [(plan.purpose, plan.op) for plan in said.ops] == ops
     assert said.kernel == "cpu"
-    text = repr(said)
+    text = said.text()
     for plan in said.ops:
         rows = kernels_of(plan.op)
         assert [v.kernel for v in plan.verdicts] == rows
@@ -238,16 +239,96 @@ def test_html_is_escaped(w: sl.BSRTensor, nasty_kernel: str) -> None:
 def test_html_says_what_the_text_says(w: sl.BSRTensor) -> None:
     for said in (sl.explain(torch.matmul, w, X), sl.explain(torch.cumsum, w, 0)):
         shown = Tags(said._repr_html_()).data
-        words = repr(said).replace("-", " ").split()
+        words = said.text().replace("-", " ").split()
         missing = [word for word in words if word not in shown]
         assert missing == []
+
+
+def test_the_chosen_kernel_stands_out_in_html(w: sl.BSRTensor) -> None:
+    shown = sl.explain(torch.matmul, w, X)._repr_html_()
+    assert "><b>cpu</b></td>" in shown
+    assert "><b>triton</b></td>" not in shown
+
+
+# --- on a terminal, on another machine, for a program ---------------------------------------------
+
+
+@pytest.mark.parametrize("width", [40, 80, 132])
+@pytest.mark.parametrize("name", [*CALLS, "cumsum", "table", "trace"])
+def test_it_fits_a_terminal(
+    name: str, width: int, w: sl.BSRTensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    with sl.trace() as steps, sl.fallback("allow"):
+        torch.cumsum(w @ torch.ones(64, 64), 0)
+        torch.cumsum(w, 0)
+    shown: object
+    if name in CALLS:
+        shown = sl.explain(*CALLS[name][0](w))
+    else:
+        others = {"cumsum": sl.explain(torch.cumsum, w, 0), "table": sl.table(), "trace": steps}
+        shown = others[name]
+    text = repr(shown)
+    lines = text.splitlines()
+    if name == "cumsum":  # the stub, to be pasted, stays whole
+        lines = [line for line in lines if not line.startswith("      ")]
+    assert max(map(len, lines)) <= width
+    whole = shown.text() if hasattr(shown, "text") else ""  # type: ignore[attr-defined]
+    assert not whole or set("".join(whole.split())) == set("".join(text.split()))
+
+
+def test_code_to_paste_is_not_folded(w: sl.BSRTensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    assert "      def my_cumsum(input, *rest, **options):" in repr(sl.explain(torch.cumsum, w, 0))
+
+
+def test_as_if_on_a_gpu(w: sl.BSRTensor) -> None:
+    here = sl.explain(torch.matmul, w, X)
+    there = here.on_gpu((9, 0))
+    assert (here.kernel, there.kernel) == ("cpu", "triton")
+    assert "works on cpu tensors, these are on cuda" in there.text()
+    assert there.route is here.route
+    old = here.on_gpu((7, 5))
+    assert old.kernel == "dense fallback"
+    assert "needs compute capability 8.0 or newer, found 7.5" in old.text()
+    assert "needs Triton 3.6 or newer, found 3.5.1" in here.on_gpu((9, 0), (3, 5, 1)).text()
+    assert sl.explain(torch.cumsum, w, 0).on_gpu((9, 0)).kernel == "dense fallback"
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "capability", "kernel"),
+    [
+        (64, torch.bfloat16, (9, 0), "hopper"),
+        (64, torch.bfloat16, (8, 0), "triton"),
+        (64, torch.float32, (9, 0), "triton"),
+        (20, torch.bfloat16, (9, 0), "triton"),  # rows of 40 bytes, which TMA cannot read
+    ],
+)
+def test_attention_as_if_on_a_gpu(
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int], kernel: str
+) -> None:
+    q = torch.ones(1, 1, 128, head_dim, dtype=dtype)
+    mask = sl.causal(128, block_size=64)
+    said = sl.explain(F.scaled_dot_product_attention, q, q, q, attn_mask=mask)
+    assert said.on_gpu(capability).kernel == kernel
+
+
+def test_as_json_says_what_the_text_says(w: sl.BSRTensor) -> None:
+    said = sl.explain(torch.matmul, w, X)
+    found = json.loads(json.dumps(said.as_json()))
+    assert found["kernel"] == "cpu"
+    assert [k["kernel"] for k in found["ops"][0]["kernels"] if k["chosen"]] == ["cpu"]
+    assert found["dense_bytes"] == 0
+    missing = sl.explain(torch.cumsum, w, 0).as_json()
+    assert (missing["kernel"], missing["route"], missing["ops"]) == ("dense fallback", None, [])
+    assert missing["dense_bytes"] == 64 * 64 * 4
 
 
 # --- the tables -----------------------------------------------------------------------------------
 
 
 def test_table_lists_every_row() -> None:
-    text = repr(sl.table())
+    text = sl.table().text()
     for op, rows in KERNELS.rows.items():
         assert op in text
         for row in rows:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparse_layouts import kernels
 from sparse_layouts.block_pattern import BlockPattern, dense_counts
+from sparse_layouts.kernels.activations import finish
 from sparse_layouts.kernels.block_attention.reference import _dense_bias, dropout_keep
 from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_matmul.reference import densify
@@ -76,9 +77,16 @@ def lists_as_heads(pattern: BlockPattern) -> BlockPattern:
 
 
 def dense_block_matmul(
-    a: Arithmetic, values: Tensor, pattern: BlockPattern, x: Tensor, *, transposed_output: bool
+    a: Arithmetic,
+    values: Tensor,
+    pattern: BlockPattern,
+    x: Tensor,
+    *,
+    transposed_output: bool,
+    bias: Tensor | None = None,
+    activation: str | None = None,
 ) -> Results:
-    return (a.product(densify(values, pattern), x).to(x.dtype),)
+    return (finish(a.product(densify(values, pattern), x), bias, activation).to(x.dtype),)
 
 
 def dense_sddmm(a: Arithmetic, left: Tensor, right: Tensor, pattern: BlockPattern) -> Results:
@@ -264,6 +272,8 @@ def zeros_by_definition(op: str, call: Call) -> Results:
         return (None,) * count if own is None else own(call)
     pattern = call.pattern
     if op == "block_matmul":
+        if call.kwargs.get("bias") is not None:
+            return (None,)
         rows = dense_counts(lists_as_heads(pattern)).any(-1)
         return (~rows[None, :, :, None],)
     if op in ("sddmm", "block_softmax", "block_softmax_backward"):
@@ -357,6 +367,13 @@ def exact_results(op: str, call: Call) -> Results:
     return as_results(reference_of(op)(*call.args, **call.kwargs))
 
 
+def without_nan(t: Tensor) -> Tensor:
+    """0 in place of NaN."""
+    if t.element_size() == 1:  # torch has no such function in 8 bits
+        return t.float().nan_to_num(0.0).to(t.dtype)
+    return t.nan_to_num(0.0)
+
+
 def finite(t: Tensor) -> Tensor:
     """0 in place of the -inf that is the logsumexp of an empty row."""
     return t.masked_fill(t.isneginf(), 0.0)
@@ -390,7 +407,7 @@ class Measure:
     """What one call's results are compared with; made once, it judges any number of them."""
 
     def __init__(self, op: str, call: Call) -> None:
-        call = call.map(lambda t: t.nan_to_num(0.0))  # NaN stands only where nothing may be read
+        call = call.map(without_nan)  # NaN stands only where nothing may be read
         self.op, self.dtype = op, call.dtype
         self.exact, self.lost = exact_results(op, call), lost_by_torch(op, call)
         self.zeros = zeros_by_definition(op, call)
@@ -405,7 +422,7 @@ class Measure:
                 assert result is None, f"{what}: a tensor, not None"
                 continue
             assert result is not None, f"{what}: None"
-            is_lse = op == "block_attention" and i == 1
+            is_lse = op in ("block_attention", "block_attention_fp8") and i == 1
             dtype = torch.promote_types(self.dtype, torch.float32) if is_lse else self.dtype
             assert result.dtype == dtype, f"{what}: {result.dtype}, not {dtype}"
             check_result(what, result, exact, lost, self.zeros[i])

@@ -19,9 +19,9 @@ from sparse_layouts.block_pattern import (
     BlockPattern,
     expand_heads,
     pack_tiles,
-    pattern_from_dense,
     transpose_pattern,
 )
+from sparse_layouts.dense_blocks import pattern_from_dense
 from sparse_layouts.dispatch import Facts, facts_of
 from sparse_layouts.kernels.block_attention import reference as attention_reference
 from sparse_layouts.kernels.block_attention.sequences import Sequences
@@ -39,9 +39,13 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Call:
-        """The same call with `change` applied to every tensor of floats."""
+        """The same call with `change` applied to every tensor of floats, and to every dtype as to
+        a tensor of it.
+        """
 
         def mapped(value: Any) -> Any:
+            if isinstance(value, torch.dtype):
+                return change(torch.zeros(0, dtype=value)).dtype
             return (
                 change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
             )
@@ -59,7 +63,9 @@ class Call(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The operands' dtype."""
+        """The dtype that is asked for, else the operands'."""
+        if "dtype" in self.kwargs:
+            return self.kwargs["dtype"]
         return next(t.dtype for t in self.tensors if t.is_floating_point())
 
     @property
@@ -92,8 +98,9 @@ def random_source(name: str) -> torch.Generator:
 class Stored(NamedTuple):
     """Which blocks a pattern stores.
 
-    `blocks`: "some" (40%), "none", "gaps" (one block row and one block column without any), "all"
-    or "causal" (by token, aligned at the end). `tiles` makes half of the blocks partial, and the
+    `blocks`: "some" (40%), "none", "gaps" (one block row and one block column without any), "all",
+    "power" (one block row with all of its blocks, the others with hardly any) or "causal" (by
+    token, aligned at the end). `tiles` makes half of the blocks partial, and the
     first block row one partial block with empty rows; `counts` counts blocks up to three times.
     `transposed` describes the other half of `transpose_pattern`.
     """
@@ -124,6 +131,10 @@ def make_pattern(what: Stored, random: torch.Generator, device: Device = "cpu") 
     if what.blocks == "gaps":
         stored[:, mb // 2] = False
         stored[:, :, nb // 2] = False
+    elif what.blocks == "power":
+        stored &= torch.rand(lead, mb, nb, generator=random) < 0.1
+        stored[:, 0] = False
+        stored[:, -2] = True
     elif what.blocks == "some":
         stored[:, -1, 0] = stored[:, 0, -1] = True
     if what.tiles:
@@ -245,7 +256,7 @@ class BlockCase:
     contracted one (sddmm).
 
     `poison` puts NaN where no stored block reads; `share` gives values a batch of one; `factor`
-    scales scores.
+    scales scores; `bias` and `activation` are a linear layer's.
     """
 
     name: str
@@ -258,6 +269,8 @@ class BlockCase:
     flip: bool = False
     poison: bool = False
     factor: float = 1.0
+    bias: bool = False
+    activation: str | None = None
     small: bool = False
 
     def begin(
@@ -275,12 +288,24 @@ class BlockCase:
 
     def case(self, op: str, build: Callable[[BlockCase, torch.dtype, Device], Call]) -> Case:
         """This case for one op."""
-        return Case(
-            self.name,
-            lambda dtype, device: build(self, dtype, device),
-            self.small,
-            {"block_size": self.stored.block},
-        )
+        (m, n), (bm, bn), width = self.stored.shape, self.stored.block, self.width
+        facts: dict[str, Any] = {"block_size": self.stored.block}
+        if op == "block_matmul":
+            facts["columns"] = 1 << (width - 1).bit_length() if width else 0
+            values, x = in_steps_of_8(self.values, bm, bn), in_steps_of_8(self.dense, n, width)
+            facts["tma"] = values and x and (m if self.flip else width) % 8 == 0
+        elif op == "sddmm":
+            a, b = in_steps_of_8(self.dense, m, width), in_steps_of_8(self.values, width, n)
+            facts["tma"] = a and b
+            facts["partial"] = self.stored.tiles or m % bm != 0 or n % bn != 0
+        return Case(self.name, lambda dtype, device: build(self, dtype, device), self.small, facts)
+
+
+def in_steps_of_8(how: str, rows: int, columns: int) -> bool:
+    """Whether 16-byte steps of 16-bit numbers lead through a matrix laid out so (`laid_out`)."""
+    if how == "mT":
+        return rows % 8 == 0
+    return how in ("plain", "expand_0") and columns % 8 == 0
 
 
 BLOCK_CASES = [
@@ -319,6 +344,178 @@ BLOCK_CASES = [
     BlockCase("rectangular_5x48", Stored((52, 100), (5, 48), tiles=True, transposed=True)),
 ]
 
+# a linear layer's bias and activation, which block_matmul alone has
+LINEAR_CASES = [
+    BlockCase("bias", Stored((75, 110), (32, 32)), width=33, dense="mT", bias=True, small=True),
+    BlockCase("relu", Stored((80, 96), (16, 16), 2), batch=2, activation="relu", small=True),
+    BlockCase(
+        "bias_relu",
+        Stored((80, 112), (16, 16), 2, blocks="gaps"),
+        batch=2,
+        flip=True,
+        bias=True,
+        activation="relu",
+        small=True,
+    ),
+    BlockCase(
+        "bias_gelu",
+        Stored((70, 96), (32, 16), transposed=True),
+        dense="mT",
+        flip=True,
+        bias=True,
+        activation="gelu",
+        small=True,
+    ),
+    BlockCase(
+        "bias_gelu_tanh",
+        Stored((190, 200), (64, 64)),
+        width=130,
+        flip=True,
+        bias=True,
+        activation="gelu_tanh",
+    ),
+    BlockCase("gelu_tanh", Stored((40, 48), (16, 16)), activation="gelu_tanh", small=True),
+    BlockCase(
+        "bias_silu",
+        Stored((300, 260), (128, 128)),
+        batch=2,
+        share=True,
+        width=70,
+        bias=True,
+        activation="silu",
+    ),
+    BlockCase("silu", Stored((40, 48), (16, 16)), activation="silu", small=True),
+    BlockCase(
+        "bias_no_block",
+        Stored((64, 64), (16, 16), blocks="none"),
+        bias=True,
+        activation="gelu",
+        small=True,
+    ),
+]
+
+# products with few columns, in which rows are cut into pieces
+FEW_COLUMN_CASES = [
+    BlockCase(
+        "power_law",
+        Stored((90, 1050), (16, 16), blocks="power"),
+        width=7,
+        dense="mT",
+        bias=True,
+        activation="relu",
+        small=True,
+    ),
+    BlockCase(
+        "power_law_64",
+        Stored((300, 4200), (64, 64), 2, blocks="power"),
+        batch=2,
+        width=1,
+        flip=True,
+    ),
+    BlockCase(
+        "power_law_transposed",
+        Stored((1050, 100), (32, 16), blocks="power", transposed=True),
+        width=9,
+        dense="mT",
+        flip=True,
+        small=True,
+    ),
+    BlockCase("power_law_128", Stored((400, 6000), (128, 128), blocks="power"), width=64),
+    BlockCase("power_law_wide_blocks", Stored((64, 4096), (16, 64), blocks="power"), width=16),
+    BlockCase(
+        "power_law_nan",
+        Stored((80, 1024), (16, 16), 2, blocks="gaps"),
+        batch=2,
+        width=3,
+        dense="step",
+        poison=True,
+        small=True,
+    ),
+    BlockCase("few_long_rows", Stored((16, 1600), (16, 16), blocks="all"), width=2, small=True),
+    BlockCase(
+        "few_long_rows_transposed",
+        Stored((32, 1600), (16, 16), blocks="all", transposed=True),
+        width=5,
+        flip=True,
+        small=True,
+    ),
+    BlockCase("few_long_rows_64", Stored((64, 6400), (64, 64), blocks="all"), width=48, share=True),
+    BlockCase("few_columns_tall", Stored((512, 512), (256, 32)), batch=2, width=33, values="mT"),
+    BlockCase(
+        "few_columns_partial", Stored((200, 1000), (64, 32), 2, tiles=True), width=8, dense="mT"
+    ),
+]
+
+# what Hopper's kernels take: blocks from 64, many columns, steps of 16 bytes
+HOPPER_CASES = [
+    BlockCase("hopper_64", Stored((192, 320), (64, 64)), batch=2, width=264),
+    BlockCase("hopper_128", Stored((384, 256), (128, 128), 2), batch=3, width=256, share=True),
+    BlockCase(
+        "hopper_transposed",
+        Stored((320, 192), (64, 64), transposed=True),
+        width=392,
+        values="mT",
+        dense="mT",
+        flip=True,
+    ),
+    BlockCase(
+        "hopper_transposed_128",
+        Stored((256, 640), (128, 128), 2, transposed=True),
+        width=136,
+        dense="mT",
+        flip=True,
+    ),
+    BlockCase("hopper_tall", Stored((512, 192), (256, 64)), width=200, values="mT"),
+    BlockCase("hopper_wide", Stored((192, 512), (64, 256)), batch=2, width=520, dense="expand_0"),
+    BlockCase(
+        "hopper_gaps", Stored((384, 448), (64, 64), 2, blocks="gaps"), width=144, poison=True
+    ),
+    BlockCase("hopper_power", Stored((512, 4096), (64, 64), blocks="power"), width=160, dense="mT"),
+    BlockCase("hopper_all", Stored((128, 256), (64, 64), blocks="all"), width=1032, flip=True),
+    BlockCase("hopper_one_block", Stored((128, 128), (128, 128), blocks="all"), width=176),
+]
+# for products alone
+HOPPER_LINEAR_CASES = [
+    BlockCase("hopper_ragged", Stored((200, 250), (64, 64)), width=264),
+    BlockCase(
+        "hopper_ragged_flip", Stored((200, 136), (64, 128)), width=301, dense="mT", flip=True
+    ),
+    BlockCase(
+        "hopper_bias_gelu",
+        Stored((200, 256), (64, 64)),
+        width=300,
+        dense="mT",
+        flip=True,
+        bias=True,
+        activation="gelu",
+    ),
+    BlockCase(
+        "hopper_bias_relu",
+        Stored((256, 384), (128, 128), blocks="gaps"),
+        width=136,
+        bias=True,
+        activation="relu",
+    ),
+    BlockCase("hopper_silu", Stored((256, 128), (64, 64)), width=136, activation="silu"),
+    BlockCase(
+        "hopper_bias_gelu_tanh",
+        Stored((256, 256), (256, 128), transposed=True),
+        width=256,
+        dense="mT",
+        flip=True,
+        bias=True,
+        activation="gelu_tanh",
+    ),
+]
+
+SDDMM_CASES = [*BLOCK_CASES, *HOPPER_CASES]
+MATMUL_CASES = [
+    *BLOCK_CASES,
+    *LINEAR_CASES,
+    *FEW_COLUMN_CASES,
+    *HOPPER_CASES,
+    *HOPPER_LINEAR_CASES,
+]
 # a softmax has no other operand
 SOFTMAX_CASES = [
     c for c in BLOCK_CASES if not c.name.startswith("wi") and not c.poison and not c.share
@@ -327,12 +524,17 @@ SOFTMAX_CASES = [
 
 def build_block_matmul(case: BlockCase, dtype: torch.dtype, device: Device) -> Call:
     """`flip` asks for a transposed output."""
+    kwargs: dict[str, Any] = {"transposed_output": case.flip}
     make, pattern, values = case.begin("block_matmul", dtype, device)
     k = pattern.shape[1]
     x = make.normal(case.batch, pattern.num_patterns, k, case.width, how=case.dense)
     if case.poison:
         x = x.masked_fill(unread(pattern)[1][None, :, :, None], math.nan)
-    return Call((values, pattern, x), {"transposed_output": case.flip})
+    if case.bias:
+        kwargs["bias"] = make.normal(pattern.shape[0])
+    if case.activation is not None:
+        kwargs["activation"] = case.activation
+    return Call((values, pattern, x), kwargs)
 
 
 def build_sddmm(case: BlockCase, dtype: torch.dtype, device: Device) -> Call:
@@ -991,8 +1193,8 @@ SEQUENCE_CASES = [
 
 
 OPS: dict[str, list[Case]] = {
-    "block_matmul": [c.case("block_matmul", build_block_matmul) for c in BLOCK_CASES],
-    "sddmm": [c.case("sddmm", build_sddmm) for c in BLOCK_CASES],
+    "block_matmul": [c.case("block_matmul", build_block_matmul) for c in MATMUL_CASES],
+    "sddmm": [c.case("sddmm", build_sddmm) for c in SDDMM_CASES],
     "block_softmax": [c.case("block_softmax", build_block_softmax) for c in SOFTMAX_CASES],
     "block_softmax_backward": [
         c.case("block_softmax_backward", build_block_softmax_backward) for c in SOFTMAX_CASES

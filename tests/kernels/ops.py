@@ -9,6 +9,7 @@ name | what
 `DENSE` | the same in dense torch, step by step, `(Arithmetic, *args, **kwargs) -> Results`
 `ZEROS` | what is exactly 0 in its results, `(Call) -> tuple[Tensor | None, ...]`; no entry: nothing
 `EXAMPLES` | the name of a case in which something is 0 by definition and the operands are not few
+`ROUNDED_TO` | the dtype to which an op rounds inside, where not the operands'; may be absent
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def all_cases() -> dict[str, list[Case]]:
 def exported(table: str, op: str) -> Any:
     """An op's entry in a table of its family, None without one."""
     for family in families():
-        if op in getattr(family, table):
+        if op in getattr(family, table, {}):
             return getattr(family, table)[op]
     return None
 

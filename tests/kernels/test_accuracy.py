@@ -19,7 +19,7 @@ from tests.kernels.accuracy import (
     zeros_by_definition,
 )
 from tests.kernels.cases import Call
-from tests.kernels.ops import all_cases, dense_of, example_of
+from tests.kernels.ops import all_cases, dense_of, example_of, exported
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 by_op = pytest.mark.parametrize("op", sorted(all_cases()))
@@ -76,6 +76,12 @@ def noise_of_bfloat16(t: Tensor) -> None:
     t.copy_(t.bfloat16() * (1 + 2**-8))
 
 
+def hidden(op: str, dtype: torch.dtype, i: int, spoil: Callable[[Tensor], None]) -> bool:
+    """Whether what is spoilt is less than what the op's own roundings explain."""
+    small = spoil in (one_percent_more, noise_of_bfloat16)
+    return small and i == 0 and dtype != torch.float64 and bool(exported("ROUNDED_TO", op))
+
+
 WRONGS = [one_percent_more, largest_entry_negated, one_nan, first_half_forgotten, noise_of_bfloat16]
 
 
@@ -89,6 +95,8 @@ def test_a_wrong_result_is_red(
     for i, right in enumerate(results):
         if spoil is noise_of_bfloat16 and right.dtype == torch.bfloat16:
             continue  # that is how far apart its numbers are
+        if hidden(op, dtype, i, spoil):
+            continue
         wrong = right.contiguous().clone()
         spoil(wrong)
         with pytest.raises(AssertionError, match=f"result {i}"):

@@ -200,7 +200,7 @@ def test_the_seed_draws() -> None:
 
 
 def test_repr_says_what_it_is() -> None:
-    assert repr(sl.bigbird(1024, source="hf-eval")) == (
+    assert sl.bigbird(1024, source="hf-eval").one_line() == (
         "BigBirdTensor([1024, 1024], bool, cpu, hf-eval, 3 random blocks, block 64, 100 blocks, "
         "density 39.06%)"
     )

@@ -168,7 +168,7 @@ def test_the_table_chooses_by_columns(make: Make) -> None:
     assert chosen(lambda: w @ torch.ones(128, 65)) == ["csr_matmul/cpu"]
     assert chosen(lambda: w.double() @ torch.ones(128, 64).double()) == ["csr_matmul/cpu"]
     assert chosen(lambda: torch.ones(64, 128) @ w) == [f"csr_matmul/{few}"]
-    text = str(sl.explain(F.linear, torch.ones(4, 20, 128), w))
+    text = sl.explain(F.linear, torch.ones(4, 20, 128), w).text()
     assert "takes up to 64 columns of the dense operand, not 128" in text
 
 

@@ -15,7 +15,7 @@ import sparse_layouts as sl
 from sparse_layouts import info
 from sparse_layouts.__main__ import main
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
 
 WITHOUT_RICH = """
 import importlib.abc, runpy, sys

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sparse_layouts import info
-from sparse_layouts.demo import Part, Result, Tell
+from sparse_layouts.command_line.demo import Part, Result, Tell
 from sparse_layouts.dispatch.text import html_table, readable_bytes
 from sparse_layouts.measuring import Timing
 

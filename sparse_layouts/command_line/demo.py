@@ -22,7 +22,7 @@ from sparse_layouts.measuring import (
     peak_bytes,
     relative_error,
 )
-from sparse_layouts.pattern_picture import svg
+from sparse_layouts.viewing.pattern_picture import svg
 
 Tell = Callable[[str], None]
 """Says what is being done now."""
@@ -150,7 +150,7 @@ def text_attention_inputs(text: str, length: int, heads: int, head_dim: int) -> 
 def run(device: str, tell: Tell = lambda stage: None, *, quick: bool = False) -> Result:
     """Both parts on `device`, in fp32 on the CPU and bf16 on a GPU; `quick` takes small cases.
 
-    >>> from sparse_layouts import demo
+    >>> from sparse_layouts.command_line import demo
     >>> [part.name for part in demo.run("cpu", quick=True).parts]
     ['matmul', 'attention']
     """

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import sparse_layouts as sl
-from sparse_layouts import demo, demo_report
-from sparse_layouts.demo import Comparison, Result
+from sparse_layouts.command_line import demo, demo_report
+from sparse_layouts.command_line.demo import Comparison, Result
 from sparse_layouts.measuring import (
     Timing,
     dense_attention,

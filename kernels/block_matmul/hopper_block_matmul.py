@@ -1,0 +1,194 @@
+"""block_matmul on Hopper: how the Gluon kernel is tuned and launched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_layouts.block_pattern import BlockPattern
+from sparse_layouts.derived import derived
+from sparse_layouts.kernels.activations import finish_nothing
+from sparse_layouts.kernels.ahead_of_time import Compilation
+from sparse_layouts.kernels.block_matmul.hopper_block_matmul_kernel import hopper_block_matmul
+from sparse_layouts.kernels.hopper_common import (
+    broadcasts,
+    multiprocessors,
+    rows_descriptor,
+    rows_descriptor_type,
+    work_counter,
+)
+from sparse_layouts.kernels.launching import Launch
+from sparse_layouts.kernels.triton_common import DTYPE_NAMES, kernel_signature
+
+# Columns of a tile: one warpgroup's accumulator for 64 rows of 256, the two halves of it for tiles
+# of one block row of 64.
+TILE_COLUMNS = 256
+STAGES = 4
+MAX_REGISTERS = 168
+
+
+def block_matmul(
+    values: Tensor,
+    pattern: BlockPattern,
+    x: Tensor,
+    *,
+    transposed_output: bool = False,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """`activation(W[b, p] @ x[b, p] + bias)` as `reference.block_matmul` defines it, in bf16 or
+    fp16.
+    """
+    p, m, n = pattern, pattern.shape[0], x.shape[3]
+    batch = x.shape[0] if values.shape[0] == 1 else values.shape[0]
+    if transposed_output:
+        out = x.new_empty(batch, p.num_patterns, n, m).mT
+    else:
+        out = x.new_empty(batch, p.num_patterns, m, n)
+    if out.numel() == 0 or p.num_blocks == 0:
+        return finish_nothing(out, bias, activation)
+    with torch.cuda.device_of(x):
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        launch(values, p, x, out, bias, activation, stream).run(stream)
+    return out
+
+
+def launch(
+    values: Tensor,
+    pattern: BlockPattern,
+    x: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    stream: int,
+) -> Launch:
+    """The launch that writes out (B, P, M, N), by rows or by columns."""
+    p, (batch, _, m, n) = pattern, out.shape
+    values_batch = int(values.shape[0] > 1 and values.stride(0) != 0)
+    values = values if values_batch else values[:1]
+    x, x_batch, x_pattern = broadcasts(x)
+    turned = [t.stride(3) != 1 for t in (values, x, out)]
+    values, x, out = (
+        t.mT if is_turned else t for t, is_turned in zip((values, x, out), turned, strict=True)
+    )
+    constants = _constants(p.block_size, *turned, activation)
+    column_tiles = -(-n // TILE_COLUMNS)
+    items = batch * column_tiles * p.num_patterns * p.grid[0]
+    items *= p.block_size[0] // constants["TM"]
+
+    def arguments() -> dict[str, Any]:
+        return {
+            "values_desc": rows_descriptor(values, 64),
+            "x_desc": rows_descriptor(x, _x_rows(constants)),
+            "out_desc": rows_descriptor(out, 128 if turned[2] else 64),
+            "patterns": p.num_patterns,
+            "block_rows": p.grid[0],
+            "column_tiles": column_tiles,
+            "items": items,
+            "values_batch": values_batch,
+            "x_batch": x_batch,
+            "x_pattern": x_pattern,
+            "num_rows": m,
+        }
+
+    return Launch(
+        hopper_block_matmul,
+        (p.shape, p.block_size, p.num_patterns, values_batch, x_batch, x_pattern),
+        {"values_desc": values, "x_desc": x, "out_desc": out},
+        {
+            "counter_ptr": work_counter(x.device, stream),
+            "order_ptr": rows_by_length(p),
+            "crow_ptr": p.crow_indices,
+            "col_ptr": p.col_indices,
+            "slots_ptr": p.row_slots,
+            "bias_ptr": None if bias is None else bias.contiguous(),
+        },
+        arguments,
+        {**constants, "num_warps": 4, "maxnreg": MAX_REGISTERS},
+        min(items, multiprocessors(x.device)),
+    )
+
+
+def rows_by_length(pattern: BlockPattern) -> Tensor:
+    """All block rows (pattern * Mb + row), those with the most blocks first; int32, made once for a
+    pattern.
+    """
+
+    def build() -> Tensor:
+        counts = pattern.crow_indices.diff(dim=-1).flatten()
+        return torch.sort(counts, descending=True, stable=True).indices.int()
+
+    return derived(pattern, "rows_by_length", build)
+
+
+def _constants(
+    block_size: tuple[int, int], values_t: bool, x_t: bool, out_t: bool, activation: str | None
+) -> dict[str, Any]:
+    return {
+        "BM": block_size[0],
+        "BK": block_size[1],
+        "TM": min(block_size[0], 128),
+        "TN": TILE_COLUMNS,
+        "VALUES_T": values_t,
+        "X_T": x_t,
+        "OUT_T": out_t,
+        "ACTIVATION": activation,
+        "STAGES": STAGES,
+    }
+
+
+def _x_rows(constants: dict[str, Any]) -> int:
+    """Rows of a box of x: 64 along K, or, of its transpose, what a warpgroup multiplies by."""
+    return (TILE_COLUMNS * constants["TM"] // 128) if constants["X_T"] else 64
+
+
+def compilations() -> Iterator[Compilation]:
+    """Both tiles in every orientation that a layout's products take, epilogues, dtypes."""
+    bf16 = torch.bfloat16
+    for block in (64, 128):
+        for turned in (
+            (False, False, False),  # w @ x
+            (False, True, True),  # F.linear
+            (True, True, True),  # its gradient to x, and x @ w
+            (True, False, False),  # w.mT @ x
+        ):
+            yield _compilation((block, block), bf16, turned)
+    yield _compilation((256, 64), torch.float16, (False, False, False))
+    yield _compilation((64, 128), torch.float16, (True, True, True))
+    for activation in ("relu", "gelu", "gelu_tanh", "silu"):
+        yield _compilation((64, 64), bf16, (False, True, True), activation)
+    yield _compilation((128, 128), bf16, (False, True, True), "gelu")
+
+
+def _compilation(
+    block_size: tuple[int, int],
+    dtype: torch.dtype,
+    turned: tuple[bool, bool, bool],
+    activation: str | None = None,
+) -> Compilation:
+    name = DTYPE_NAMES[dtype]
+    constexprs = _constants(block_size, *turned, activation)
+    given = {
+        "values_desc": rows_descriptor_type(dtype, 64),
+        "x_desc": rows_descriptor_type(dtype, _x_rows(constexprs)),
+        "out_desc": rows_descriptor_type(dtype, 128 if turned[2] else 64),
+        "bias_ptr": f"*{name}",
+    }
+    if activation is None:
+        constexprs["bias_ptr"] = None
+    if not turned[0]:
+        constexprs["slots_ptr"] = None
+    parts = ["x".join(map(str, block_size)), name, activation or ""]
+    parts += [what * on for what, on in zip(("values_t", "x_t", "out_t"), turned, strict=True)]
+    return Compilation(
+        f"block_matmul[{','.join(part for part in parts if part)}]",
+        hopper_block_matmul,
+        kernel_signature(hopper_block_matmul, given, constexprs),
+        constexprs,
+        {"num_warps": 4, "maxnreg": MAX_REGISTERS},
+        90,
+        90,
+    )

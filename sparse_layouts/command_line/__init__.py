@@ -1,0 +1,1 @@
+"""`python -m sparse_layouts`: a module for each command, and `main`."""

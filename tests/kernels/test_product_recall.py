@@ -1,0 +1,253 @@
+"""Products called again give what they gave, and nothing that should change their way is missed.
+
+A call under `sl.kernel_choice` takes the usual way, and the same kernels: equal bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sparse_layouts as sl
+from sparse_layouts.kernels.block_matmul.recall import MOST
+from tests.kernels.test_public_calls import host_syncs_raise
+from tests.kernels.test_recall import on_hopper
+
+Product = Callable[[Any, Tensor], Tensor]
+
+
+def linear(w: Any, x: Tensor) -> Tensor:
+    return F.linear(x, w)
+
+
+def from_the_left(w: Any, x: Tensor) -> Tensor:
+    return w @ x
+
+
+def from_the_right(w: Any, x: Tensor) -> Tensor:
+    return x @ w
+
+
+# x (512, 512) whichever way it is multiplied
+PRODUCTS: list[Product] = [linear, from_the_left, from_the_right]
+products = pytest.mark.parametrize("call", PRODUCTS)
+
+
+def weight(device: str, block: int = 64, grad: bool = False) -> sl.BSRTensor:
+    """512 x 512, a third of the blocks stored."""
+    dense = torch.randn(512, 512, device=device, dtype=torch.bfloat16)
+    return sl.bsr(dense, block, keep=sl.Random(0.34)).detach().requires_grad_(grad)
+
+
+def dense(device: str, *shape: int, grad: bool = False) -> Tensor:
+    x = torch.randn(*(shape or (512, 512)), device=device, dtype=torch.bfloat16)
+    return x.requires_grad_(grad)
+
+
+def usual(call: Product, w: Any, x: Tensor) -> Tensor:
+    """The result by the usual way, with the same kernel."""
+    with sl.kernel_choice(block_matmul="hopper"):
+        return call(w, x)
+
+
+def leaves_of(device: str) -> tuple[sl.BSRTensor, Tensor]:
+    return weight(device, grad=True), dense(device, grad=True)
+
+
+@on_hopper
+@products
+@pytest.mark.parametrize("block", [64, 128])
+def test_recalled_products_give_the_same_bits(call: Product, block: int, device: str) -> None:
+    w = weight(device, block)
+    for _ in range(3):
+        x = dense(device)
+        out = call(w, x)
+        assert torch.equal(out, usual(call, w, x))
+        assert out.is_contiguous()
+    assert len(w._recalled or {}) == 1
+
+
+@on_hopper
+@pytest.mark.parametrize("call", [linear, from_the_right])
+def test_recalled_products_of_batches(call: Product, device: str) -> None:
+    w = weight(device)
+    for _ in range(2):
+        x = dense(device, 3, 200, 512, grad=True)
+        out, expected = call(w, x), usual(call, w, x)
+        assert torch.equal(out, expected)
+        dout = torch.randn_like(out)
+        mine, its = (torch.autograd.grad(y, x, dout)[0] for y in (out, expected))
+        assert torch.equal(mine, its)
+
+
+@on_hopper
+@products
+def test_recalled_gradients_are_the_same_bits(call: Product, device: str) -> None:
+    w, x = leaves_of(device)
+    for _ in range(3):
+        out, expected = call(w, x), usual(call, w, x)
+        dout = torch.randn_like(out)
+        mine = torch.autograd.grad(out, (w, x), dout)
+        its = torch.autograd.grad(expected, (w, x), dout)
+        assert isinstance(mine[0], sl.BSRTensor)
+        assert torch.equal(mine[0].values(), its[0].values())
+        assert torch.equal(mine[1], its[1])
+
+
+@on_hopper
+@products
+def test_a_gradient_with_other_strides(call: Product, device: str) -> None:
+    w, x = leaves_of(device)
+    call(w, x).backward(torch.ones(512, 512, device=device, dtype=x.dtype))
+    for dout in (torch.randn_like(x).mT, torch.ones((), device=device, dtype=x.dtype)):
+        mine = torch.autograd.grad(call(w, x), (w, x), dout.expand(512, 512))
+        plain, exact = w.detach().to_dense().double(), x.detach().double()
+        leaves = plain.requires_grad_(), exact.requires_grad_()
+        its = torch.autograd.grad(call(*leaves), leaves, dout.expand(512, 512).double())
+        stored = its[0] * w.pattern.to_dense()
+        for a, b in ((mine[0].to_dense(), stored), (mine[1], its[1])):
+            assert (a.double() - b).norm() <= torch.finfo(x.dtype).eps * b.norm()
+
+
+@on_hopper
+@products
+@pytest.mark.parametrize("frozen", ["layout", "dense"])
+def test_one_gradient_alone(call: Product, frozen: str, device: str) -> None:
+    w, x = weight(device, grad=frozen == "dense"), dense(device, grad=frozen == "layout")
+    leaf = x if frozen == "layout" else w
+    dout = dense(device)
+    mine, its = (torch.autograd.grad(y, leaf, dout)[0] for y in (call(w, x), usual(call, w, x)))
+    if frozen == "dense":
+        mine, its = mine.values(), its.values()
+    assert torch.equal(mine, its)
+
+
+@on_hopper
+@products
+def test_gradients_of_gradients(call: Product, device: str) -> None:
+    w, x = leaves_of(device)
+    found = []
+    for way in (call, lambda w, x: usual(call, w, x)):
+        dx = torch.autograd.grad(way(w, x).square().sum(), x, create_graph=True)[0]
+        found.append(torch.autograd.grad(dx.square().sum(), x)[0])
+    assert torch.equal(*found)
+
+
+@on_hopper
+def test_training_steps_are_the_same_bits(device: str) -> None:
+    torch.manual_seed(0)
+    w, x, goal = weight(device), dense(device), dense(device)
+    ended = []
+    for choice in ({}, {"block_matmul": "hopper"}):
+        layer = torch.nn.Linear(512, 512, bias=False, device=device, dtype=x.dtype)
+        layer.weight = torch.nn.Parameter(w.clone())
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
+        with sl.kernel_choice(**choice):
+            for _ in range(4):
+                optimizer.zero_grad()
+                (layer(x) - goal).square().mean().backward()
+                optimizer.step()
+        ended.append(layer.weight.detach().values())
+    assert torch.equal(*ended)
+    assert not torch.equal(ended[0], w.values())
+
+
+@on_hopper
+def test_writing_between_the_passes_is_noticed(device: str) -> None:
+    w, x = leaves_of(device)
+    F.linear(x, w)
+    out = F.linear(x, w)
+    with torch.no_grad():
+        w.values().mul_(2)
+    with pytest.raises(RuntimeError, match="written to"):
+        out.sum().backward()
+
+
+@on_hopper
+def test_what_lies_otherwise_takes_the_usual_way(device: str) -> None:
+    w, x = weight(device), dense(device)
+    F.linear(x, w)
+    for other in (x.mT, x[:, ::2].repeat(1, 2)[:, :512], x[::2], x[0], x[:0]):
+        out = F.linear(other, w)
+        expected = other.double() @ w.to_dense().double().mT
+        error = (out.double() - expected).norm()
+        assert error <= torch.finfo(x.dtype).eps * expected.norm()
+    with pytest.raises(ValueError, match="do not fit"):
+        F.linear(x[:, :256], w)
+    with pytest.raises(TypeError, match="expected one dtype"):
+        F.linear(x.float(), w)
+
+
+@on_hopper
+def test_settings_tables_and_autocast_are_heeded(device: str) -> None:
+    w, x = weight(device), dense(device)
+    F.linear(x, w)
+    with sl.trace() as steps:
+        F.linear(x, w)
+    assert [step.kernel for step in steps] == ["hopper"]
+    with sl.kernel_choice(block_matmul="triton"), sl.trace() as steps:
+        F.linear(x, w)
+    assert [step.kernel for step in steps] == ["triton"]
+    with torch.autocast("cuda", dtype=torch.float16):
+        assert F.linear(x, w).dtype == torch.float16
+
+    @sl.kernel("block_matmul", requires=lambda facts: None)
+    def nothing(values: Tensor, pattern: Any, x: Tensor, **options: Any) -> Tensor:
+        return x.new_zeros(1, 1, 512, 512)
+
+    with sl.kernel_choice(block_matmul="nothing"):
+        assert not F.linear(x, w).any()
+    nothing.unregister()
+    assert F.linear(x, w).any()
+
+    class Mine(sl.BSRTensor):
+        pass
+
+    @sl.route(F.linear, weight=Mine)
+    def mine(input: Tensor, weight: Any, bias: Tensor | None = None) -> str:
+        return "mine"
+
+    own = Mine.on_pattern(w.values(), w.block_pattern)
+    assert F.linear(x, own) == "mine"
+    mine.unregister()
+    assert torch.equal(F.linear(x, own), F.linear(x, w))
+
+
+@on_hopper
+@products
+def test_recalled_products_in_a_graph(call: Product, device: str) -> None:
+    w, x = weight(device), dense(device)
+    expected = call(w, x)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call(w, x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(w, x)
+    for _ in range(2):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
+@on_hopper
+def test_no_host_sync_and_no_end_of_memory(device: str) -> None:
+    w, x = leaves_of(device)
+    F.linear(x, w).sum().backward()
+    with host_syncs_raise():
+        F.linear(x, w).sum().backward()
+    for tokens in range(8, 8 * (MOST + 10), 8):
+        F.linear(dense(device, 256 + tokens, 512), w)
+    assert len(w._recalled or {}) <= MOST
+
+
+def test_nothing_is_recalled_on_the_cpu() -> None:
+    w, x = weight("cpu"), dense("cpu")
+    F.linear(x, w)
+    assert w._recalled is None
