@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparse_layouts.kernels.ahead_of_time import Compilation
+from sparse_layouts.kernels.launching import Launch
 from sparse_layouts.kernels.nm_matmul.cpu import empty_result
 from sparse_layouts.kernels.nm_matmul.hopper_fragments_kernel import (
     HIGH,
@@ -96,9 +97,10 @@ def _columns_by_columns(
 ) -> None:
     """Writes `W @ x.mT` to out (M, N), any strides; x (N, K)."""
     values, indices, x = _aligned(values), _aligned(indices), _rows(x)
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index)
     for first in range(0, x.shape[0], FRAGMENT_COLUMNS):
         at = slice(first, first + FRAGMENT_COLUMNS)
-        _launch(out[:, at], values, indices, x[at], n, m).run()
+        _launch(out[:, at], values, indices, x[at], n, m).run(stream)
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -115,55 +117,57 @@ def _rows(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-class Launch(NamedTuple):
-    """A launch of the kernel: how many programs, the arguments by name, constants and options."""
-
-    programs: int
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-
-    def run(self) -> None:
-        """Launches through Triton."""
-        nm_fragments_kernel[(self.programs,)](**self.arguments, **self.options)
-
-
 def _launch(out: Tensor, values: Tensor, indices: Tensor, x: Tensor, n: int, m: int) -> Launch:
     rows, (columns, width) = values.shape[0], x.shape
-    tiles, units, chunks = rows // TILE_ROWS, width // unit_columns(n, m), unit_columns(n, m) // 64
-    eights = eights_of(columns)
-    enough = ENOUGH * processors(x.device)
-    tuning = next((t for t in TUNINGS[eights] if tiles >= enough * t.tiles), TUNINGS[eights][-1])
-    own, x_words = values.view(torch.int32), x.view(torch.int32)
-    words = indices.shape[1]
+    tiles, units = rows // TILE_ROWS, width // unit_columns(n, m)
+    eights, words = eights_of(columns), indices.shape[1]
+    tuning = _tuning(eights, tiles, x.device)
     warps, height = tuning.warps, tuning.tiles
-    high = None
+    described = {"values_desc": values, "words_desc": indices, "x_desc": x}
     if m == 8:
-        rest = indices.view(-1)[units * LANES :]
-        high = _described(rest, [tiles, units, 16], [words, 16, 1], [height, warps, 16], HIGH)
-    row = x_words.stride(0) if columns > 1 else width // 2
-    x_block, x_steps = [warps, 1, 8, 32], [32 * chunks, 32, row, 1]
-    arguments = {
-        "values_desc": _described(
-            own, [tiles, 8 * units, 32], [256 * units, 32, 1], [height, 8 * warps, 32], WORDS
-        ),
-        "words_desc": _described(
-            indices, [tiles, units, 32], [words, 32, 1], [height, warps, 32], WORDS
-        ),
-        "high_desc": high,
-        "x_desc": _described(x_words, [units, chunks, columns, 32], x_steps, x_block, X_WORDS),
-        "out_ptr": out,
-        "values_ptr": own,
-        "words_ptr": indices,
-        "M": rows,
-        "N": columns,
-        "units": units,
-        "phases": triton.cdiv(units, warps),
-        "stride_words_tile": words,
-        "stride_out_m": out.stride(0),
-        "stride_out_n": out.stride(1),
-    }
+        described["high_desc"] = indices.view(-1)[units * LANES :]
+
+    def arguments() -> dict[str, Any]:
+        own, x_words = values.view(torch.int32), x.view(torch.int32)
+        high, chunks = None, unit_columns(n, m) // 64
+        if m == 8:
+            rest = [tiles, units, 16], [words, 16, 1], [height, warps, 16]
+            high = _described(described["high_desc"], *rest, HIGH)
+        row = x_words.stride(0) if columns > 1 else width // 2
+        x_block, x_steps = [warps, 1, 8, 32], [32 * chunks, 32, row, 1]
+        return {
+            "values_desc": _described(
+                own, [tiles, 8 * units, 32], [256 * units, 32, 1], [height, 8 * warps, 32], WORDS
+            ),
+            "words_desc": _described(
+                indices, [tiles, units, 32], [words, 32, 1], [height, warps, 32], WORDS
+            ),
+            "high_desc": high,
+            "x_desc": _described(x_words, [units, chunks, columns, 32], x_steps, x_block, X_WORDS),
+            "M": rows,
+            "N": columns,
+            "units": units,
+            "phases": triton.cdiv(units, warps),
+            "stride_words_tile": words,
+            "stride_out_m": out.stride(0),
+            "stride_out_n": out.stride(1),
+        }
+
     constexprs, options = _constants(tuning, n, m, eights)
-    return Launch(triton.cdiv(tiles, height), arguments, constexprs | options)
+    return Launch(
+        nm_fragments_kernel,
+        (out.stride(), columns),
+        described,
+        {"out_ptr": out, "values_ptr": values, "words_ptr": indices},
+        arguments,
+        constexprs | options,
+        triton.cdiv(tiles, height),
+    )
+
+
+def _tuning(eights: int, tiles: int, device: torch.device) -> Tuning:
+    enough = ENOUGH * processors(device)
+    return next((t for t in TUNINGS[eights] if tiles >= enough * t.tiles), TUNINGS[eights][-1])
 
 
 def eights_of(columns: int) -> int:
@@ -216,6 +220,7 @@ def _compilation(dtype: torch.dtype, n: int, m: int, eights: int, tuning: Tuning
         "high_desc": described([height, warps, 16], HIGH),
         "x_desc": described([warps, 1, 8, 32], X_WORDS),
         "out_ptr": f"*{DTYPE_NAMES[dtype]}",
+        "values_ptr": f"*{DTYPE_NAMES[dtype]}",
     }
     if m == 4:
         del given["high_desc"]

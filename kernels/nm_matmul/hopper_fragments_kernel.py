@@ -282,7 +282,7 @@ def nm_fragments_kernel(
                     unit = i * WARPS
                     whole = (tile + t).to(gl.int64)
                     _to_l2(words_ptr + whole * stride_words_tile + unit * 32, here * WORD_BYTES)
-                    _to_l2(values_ptr + (whole * units + unit) * 256, here * UNIT_BYTES)
+                    _to_l2(values_ptr + (whole * units + unit) * 512, here * UNIT_BYTES)
         _grid_dependency("griddepcontrol.wait; mov.u32 $0, 0;")
 
     turns = phases * CHUNKS
