@@ -7,10 +7,17 @@ bits. A unit is what a warp loads: 8 words of two entries for each of its 32 lan
 Entries of a tile lie by (unit, q, g, t, i, r, h): row `8 r + g`; h is the half of a word, i, r and
 q say which of the 8 words. Which of the unit's 32 entries of a row that is, `AXES` says.
 
+All are multiplied by sparse tensor cores, which store two of every four columns (PTX ISA,
+"Matrix multiply-accumulate operation using mma.sp instruction with sparse matrix A"). 2:4 is that.
+Of the others, the halves of a word are entries of two groups, and those are multiplied by twos of
+their columns: one of the four columns is one of such two of the first group or of the second. A
+word is therefore the operand of m / 2 products, in all but one of which an entry is masked out;
+which of the two columns it is, the lowest bit of its position says, in all of them.
+
 Positions lie in int32 words, of every tile one for each (unit, lane) and, where they take 3 bits,
-after those half a word for their highest bit. For 2:4 a word is the metadata that `mma.sp` takes
-(PTX ISA, "Matrix multiply-accumulate operation using mma.sp instruction with sparse matrix A"); for
-the others bits lie where `prmt` finds the sign of a byte, from which it makes a mask of a half.
+after those half a word for their lowest bit. For 2:4 a word is the metadata that `mma.sp` takes;
+for the others the lowest bits of positions lie where its metadata has them, and the higher ones
+where `prmt` finds the sign of a byte, from which it makes a mask of a half.
 
 2:4, 1:4, 2:8 and 1:8 have this order, of matrices whose rows 16 and whose columns `unit_columns`
 divides.
@@ -34,12 +41,12 @@ TILE_ROWS = 16
 UNIT_ENTRIES = 32
 LANES = 32
 
-_SIZES = {"q": 2, "g": 8, "t": 4, "i": 2, "r": 2, "h": 2}
-# An entry's number in its row's 32, from the slowest axis to the fastest. The halves of a word are,
-# of 2:4, a group's two entries; of the others, entries of two groups: neighbours where a group has
-# 4 columns, 32 columns from each other where it has 8.
-AXES = {(2, 4): "qith", (1, 4): "qith", (2, 8): "qhti", (1, 8): "qiht"}
-_IN_MEMORY = "qgtirh"
+_SIZES = {"q": 2, "g": 8, "T": 2, "t": 2, "i": 2, "r": 2, "h": 2}
+# An entry's number in its row's 32, from the slowest axis to the fastest; T and t: the bits of a
+# lane's t. The halves of a word are, of 2:4, a group's two entries; of the others, entries of two
+# groups. A lane multiplies what 16 neighbouring columns of x have in two reads of 16 bytes.
+AXES = {(2, 4): "qiTth", (1, 4): "qthiT", (2, 8): "ithTq", (1, 8): "qithT"}
+_IN_MEMORY = "qgTtirh"
 
 
 def unit_columns(n: int, m: int) -> int:
@@ -68,7 +75,7 @@ def words_per_unit(m: int) -> int:
 def by_fragments(entries: Tensor, n: int, m: int) -> Tensor:
     """(..., M, E) row by row -> (..., M, E), whose memory is by fragments; differentiable."""
     split = _split(entries, n, m)
-    # ... tile r g unit a b c d -> ... tile unit q g t i r h
+    # ... tile r g unit a b c d -> ... tile unit q g T t i r h
     names = ["tile", "r", "g", "unit", *AXES[n, m]]
     first = split.dim() - len(names)
     order = [first + names.index(name) for name in ("tile", "unit", *_IN_MEMORY)]
@@ -81,7 +88,7 @@ def by_rows(entries: Tensor, n: int, m: int) -> Tensor:
     sizes = [_SIZES[name] for name in _IN_MEMORY]
     whole = entries.reshape(
         *entries.shape[:-2], rows // TILE_ROWS, count // UNIT_ENTRIES, *sizes
-    )  # ... tile unit q g t i r h
+    )  # ... tile unit q g T t i r h
     names = ["tile", "unit", *_IN_MEMORY]
     first = whole.dim() - len(names)
     order = [first + names.index(name) for name in ("tile", "r", "g", "unit", *AXES[n, m])]
@@ -120,8 +127,8 @@ def unpack_fragments(words: Tensor, n: int, m: int, columns: int) -> Tensor:
     return by_rows(placed.view(patterns, tiles * TILE_ROWS, entries), n, m)
 
 
-def _memory_sizes() -> list[int]:
-    return [_SIZES[name] for name in _IN_MEMORY]
+def _memory_sizes() -> tuple[int, ...]:
+    return 2, 8, 4, 2, 2, 2  # q g t i r h
 
 
 def _bits(
@@ -132,23 +139,25 @@ def _bits(
     """
     units = placed.shape[2]
     own = words[..., : units * LANES]
+    own_by_lane = own.unflatten(-1, (units, 8, 4))  # unit g t
+    by_step = own.unflatten(-1, (units, 8, 2, 2))  # unit g q i
     twos = range(2)
     if (n, m) == (2, 4):
         # lane 4 g + 2 q + i tells of the groups 4 i + t of step q: a nibble each, two rows a word
-        by_lane = own.unflatten(-1, (units, 8, 2, 2))  # unit g q i
         for r, t, h in itertools.product(twos, range(4), twos):
             at = placed[..., t, :, r, h].transpose(-3, -2)  # q g i -> g q i
-            yield by_lane, at, 0, 2, 16 * r + 4 * t + 2 * h
+            yield by_step, at, 0, 2, 16 * r + 4 * t + 2 * h
         return
-    lanes = own.unflatten(-1, (units, 8, 4))  # unit g t
-    for q, i, r, h, plane in itertools.product(twos, twos, twos, twos, twos):
-        bit = 8 * (2 * r + h) + 7 - (2 * (2 * q + i) + plane)
-        yield lanes, placed[..., q, :, :, i, r, h], plane, 1, bit
-    if m == 8:
-        high = words[..., units * LANES :].unflatten(-1, (units, 8, 2))  # two lanes a word
-        for q, i, r, h, odd in itertools.product(twos, twos, twos, twos, twos):
-            bit = 8 * (2 * r + h) + 7 - (4 * odd + 2 * q + i)
-            yield high, placed[..., q, :, odd::2, i, r, h], 2, 1, bit
+    for q, i, r, h, high in itertools.product(twos, twos, twos, twos, range(1, m // 4 + 1)):
+        # of m = 4 one higher bit, beside the lowest ones of other entries
+        bit = 8 * (2 * r + h) + 7 - 2 * (2 * q + i) - (high - 1)
+        yield own_by_lane, placed[..., q, :, :, i, r, h], high, 1, bit
+    for r, t, i, h in itertools.product(twos, range(4), twos, twos):
+        at, bit = placed[..., t, i, r, h].transpose(-2, -1), 16 * r + 4 * t + 2 * h  # q g -> g q
+        if m == 4:
+            yield by_step[..., i], at, 0, 1, bit
+        else:  # two lanes a word
+            yield words[..., units * LANES :].unflatten(-1, (units, 8, 2)), at, 0, 1, bit + i
 
 
 def fragment_indices(indices: Tensor, n: int, m: int, columns: int) -> Tensor:

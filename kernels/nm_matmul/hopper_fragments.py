@@ -27,28 +27,49 @@ from sparse_layouts.kernels.nm_matmul.hopper_fragments_kernel import (
 from sparse_layouts.kernels.nm_matmul.triton_few_columns import processors
 from sparse_layouts.kernels.requirements import FRAGMENT_COLUMNS
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES, kernel_signature
-from sparse_layouts.nm_fragments import AXES, FRAGMENTS, LANES, TILE_ROWS, unit_columns
+from sparse_layouts.nm_fragments import FRAGMENTS, LANES, TILE_ROWS, unit_columns
 
 
 class Tuning(NamedTuple):
-    """Tiles of 16 rows a program, its warps, phases that are on their way, and parts of x."""
+    """Tiles of 16 rows a program, the warps that multiply them, phases that are on their way, parts
+    of x, how many times 64 columns such a part has, and programs that a multiprocessor is to hold.
+    """
 
     tiles: int
     warps: int
     stages: int
     x_stages: int
+    x_each: int
+    programs: int = 2
 
 
-# By eights of columns, the most tiles first: what a program shares of x grows with its tiles, and
-# fewer programs than multiprocessors read more slowly.
+# By n:m and eights of columns, the most tiles first: what a program shares of x grows with its
+# tiles, and fewer programs than multiprocessors read more slowly. Of m = 8 more columns than 32 are
+# several programs', since registers do not hold more sums.
 TUNINGS = {
-    1: [Tuning(2, 8, 4, 4), Tuning(1, 8, 7, 4)],
-    2: [Tuning(2, 8, 3, 3), Tuning(1, 8, 6, 3)],
-    4: [Tuning(4, 8, 3, 2), Tuning(2, 8, 5, 2)],
-    8: [Tuning(4, 8, 2, 2), Tuning(2, 8, 4, 2)],
+    (2, 4): {
+        1: [Tuning(2, 8, 4, 4, 1), Tuning(1, 8, 7, 4, 1)],
+        2: [Tuning(2, 8, 3, 3, 1), Tuning(1, 8, 6, 3, 1)],
+        4: [Tuning(4, 8, 3, 2, 1, 1), Tuning(2, 8, 5, 2, 1, 1)],
+        8: [Tuning(4, 8, 2, 2, 1, 1), Tuning(2, 8, 4, 2, 1, 1)],
+    },
+    (1, 4): {
+        1: [Tuning(2, 8, 3, 3, 2), Tuning(1, 8, 5, 3, 2)],
+        2: [Tuning(2, 8, 3, 3, 1), Tuning(1, 8, 6, 3, 1)],
+        4: [Tuning(4, 8, 3, 2, 1, 1), Tuning(2, 8, 5, 2, 1, 1)],
+        8: [Tuning(4, 8, 2, 2, 1, 1), Tuning(2, 8, 4, 2, 1, 1)],
+    },
+    (2, 8): {
+        1: [Tuning(2, 8, 3, 3, 2), Tuning(1, 8, 5, 3, 2)],
+        2: [Tuning(2, 8, 4, 3, 2, 1), Tuning(1, 8, 5, 3, 2, 1)],
+        4: [Tuning(4, 4, 2, 2, 2), Tuning(2, 4, 4, 2, 2)],
+    },
 }
+TUNINGS[1, 8] = TUNINGS[2, 8]
 # Programs that are enough, of multiprocessors.
 ENOUGH = 0.75
+# 32-bit registers of a multiprocessor.
+REGISTERS = 2**16
 # Whether a launch may begin while the kernel before it ends.
 EARLY = True
 
@@ -120,8 +141,11 @@ def _rows(x: Tensor) -> Tensor:
 def _launch(out: Tensor, values: Tensor, indices: Tensor, x: Tensor, n: int, m: int) -> Launch:
     rows, (columns, width) = values.shape[0], x.shape
     tiles, units = rows // TILE_ROWS, width // unit_columns(n, m)
-    eights, words = eights_of(columns), indices.shape[1]
-    tuning = _tuning(eights, tiles, x.device)
+    words, parts = indices.shape[1], 1
+    eights = triton.next_power_of_2(triton.cdiv(columns, 8))
+    while eights not in TUNINGS[n, m]:
+        eights, parts = eights // 2, parts * 2
+    tuning = _tuning(TUNINGS[n, m][eights], tiles, x.device)
     warps, height = tuning.warps, tuning.tiles
     described = {"values_desc": values, "words_desc": indices, "x_desc": x}
     if m == 8:
@@ -148,6 +172,7 @@ def _launch(out: Tensor, values: Tensor, indices: Tensor, x: Tensor, n: int, m: 
             "N": columns,
             "units": units,
             "phases": triton.cdiv(units, warps),
+            "parts": parts,
             "stride_words_tile": words,
             "stride_out_m": out.stride(0),
             "stride_out_n": out.stride(1),
@@ -161,18 +186,13 @@ def _launch(out: Tensor, values: Tensor, indices: Tensor, x: Tensor, n: int, m: 
         {"out_ptr": out, "values_ptr": values, "words_ptr": indices},
         arguments,
         constexprs | options,
-        triton.cdiv(tiles, height),
+        triton.cdiv(tiles, height) * parts,
     )
 
 
-def _tuning(eights: int, tiles: int, device: torch.device) -> Tuning:
+def _tuning(tunings: list[Tuning], tiles: int, device: torch.device) -> Tuning:
     enough = ENOUGH * processors(device)
-    return next((t for t in TUNINGS[eights] if tiles >= enough * t.tiles), TUNINGS[eights][-1])
-
-
-def eights_of(columns: int) -> int:
-    """Eights of columns that a program works on: 1, 2, 4 or 8."""
-    return triton.next_power_of_2(triton.cdiv(columns, 8))
+    return next((t for t in tunings if tiles >= enough * t.tiles), tunings[-1])
 
 
 def _described(
@@ -191,20 +211,23 @@ def _constants(
         "WARPS": tuning.warps,
         "STAGES": tuning.stages,
         "X_STAGES": tuning.x_stages,
+        "X_EACH": tuning.x_each,
         "NT": eights,
         "EARLY": EARLY,
     }
-    return constexprs, {"num_warps": tuning.warps, "launch_pdl": EARLY}
+    # of the warps that bring there are four, two of which do nothing
+    threads = 32 * (tuning.warps + 4) * tuning.programs
+    registers = min(248, REGISTERS // threads // 8 * 8)
+    return constexprs, {"num_warps": tuning.warps, "maxnreg": registers, "launch_pdl": EARLY}
 
 
 def compilations() -> Iterator[Compilation]:
     """Every tuning of every n:m, and fp16."""
-    for eights, tunings in TUNINGS.items():
-        for tuning in tunings:
-            for n, m in AXES:
+    for (n, m), by_eights in TUNINGS.items():
+        for eights, tunings in by_eights.items():
+            for tuning in tunings:
                 yield _compilation(torch.bfloat16, n, m, eights, tuning)
-    for n, m in AXES:
-        yield _compilation(torch.float16, n, m, 1, TUNINGS[1][0])
+        yield _compilation(torch.float16, n, m, 1, by_eights[1][0])
 
 
 def _compilation(dtype: torch.dtype, n: int, m: int, eights: int, tuning: Tuning) -> Compilation:

@@ -74,40 +74,44 @@ def test_which_matrices_have_fragments() -> None:
 
 
 class Warp:
-    """What one warp of the kernel does with a unit of a tile and 64 columns of it at a time."""
+    """What one warp of the kernel does with a unit of a tile."""
 
     def __init__(self, values: Tensor, words: Tensor, n: int, m: int) -> None:
-        self.n, self.m, self.sparse = n, m, (n, m) == (2, 4)
+        self.group = 2 if (n, m) == (2, 4) else m  # as in the kernel: 2 means 2:4
+        self.span, self.places = m // 4, 2 if (n, m) == (2, 8) else 1
         memory = values.contiguous().view(torch.int32).numpy().view(np.uint32).reshape(2, 32, 4)
         self.entries = memory.transpose(1, 0, 2).reshape(32, 8)
         flat = words.numpy().view(np.uint32).reshape(-1)
-        self.positions = np.repeat(flat[:32, None], 8, 1)
-        self.high = None
+        self.positions = metadata = flat[:32]
         if m == 8:
-            own = flat[32:].repeat(2) << np.tile([0, 4], 16).astype(np.uint32)
-            self.high = np.repeat(own[:, None], 8, 1)
+            metadata = flat[32:].repeat(2) >> np.tile([0, 1], 16).astype(np.uint32)
+        if self.group != 2:
+            metadata = metadata & np.uint32(0x55555555) | np.uint32(0x88888888)
+        self.metadata = np.repeat(metadata[:, None], 8, 1)
 
     def x_words(self, x: Tensor) -> np.ndarray:
         """x (8, 64) as `_x_words` of the kernel."""
-        from sparse_layouts.kernels.nm_matmul.fragment_assembly import pairing
-
-        read = x.contiguous().view(torch.int32).numpy().view(np.uint32).reshape(8, 2, 4, 4)
-        order = (0, 3, 1, 2) if self.sparse else (0, 2, 1, 3)
-        own = read.transpose(order).reshape(32, 8)
-        return own if self.sparse else warp_emulation.run(pairing(self.m), 1, [own])[0]
+        read = x.contiguous().view(torch.int32).numpy().view(np.uint32)
+        if self.group == 2:
+            return read.reshape(8, 8, 4).transpose(0, 2, 1).reshape(32, 8)
+        return read.reshape(32, 8)
 
     def multiply(self, chunk: int, xs: list[np.ndarray], sums: np.ndarray, kind: str) -> np.ndarray:
-        """As `_multiply` of the kernel."""
+        """What the kernel does with `span` times 64 columns, the chunk-th; xs: of every 8 columns
+        of the output so many.
+        """
         from sparse_layouts.kernels.nm_matmul import fragment_assembly as assembly
 
-        width = len(xs)
-        if self.sparse:
-            text, left = assembly.sparse_products(width, kind), [self.entries, self.positions]
-        else:
-            given = [self.entries, self.positions, *([] if self.high is None else [self.high])]
-            left = warp_emulation.run(assembly.expansion(self.n, self.m, chunk), 2, given)
-            text = assembly.dense_products(width, kind)
-        return warp_emulation.run(text, 1, [*left, *xs, sums])[0]
+        width = len(xs) // self.span
+        for place in range(chunk, chunk + self.places):
+            left = [self.entries]
+            if self.group != 2:
+                words = np.repeat(self.positions[:, None], 8, 1)
+                text = assembly.expansion(self.group, place)
+                left = warp_emulation.run(text, self.span, [self.entries, words])
+            text = assembly.products(self.group, place, width, kind)
+            sums = warp_emulation.run(text, 1, [*left, self.metadata, *xs, sums])[0]
+        return sums
 
 
 def summed(sums: np.ndarray, width: int) -> np.ndarray:
@@ -135,9 +139,11 @@ def test_an_emulated_warp_multiplies(n: int, m: int, width: int, kind: str) -> N
     x = torch.randint(-8, 9, (8 * width, columns)).to(dtype)
     warp = Warp(by_fragments(values, n, m), pack_fragments(positions, n, m)[0], n, m)
     sums = np.zeros((32, 8), np.float32)
-    for chunk in range(columns // 64):
-        part = x[:, 64 * chunk : 64 * chunk + 64]
-        xs = [warp.x_words(part[8 * j : 8 * j + 8]) for j in range(width)]
+    for chunk in range(columns // 64 // warp.span):
+        xs = []
+        for j in range(width):
+            for c in range(warp.span * chunk, warp.span * (chunk + 1)):
+                xs.append(warp.x_words(x[8 * j : 8 * j + 8, 64 * c : 64 * c + 64]))
         sums = warp.multiply(chunk, xs, sums, kind)
     indices = random_indices(1, 16, columns // m, n, m, torch.Generator().manual_seed(3))
     dense = scatter_entries(values[None], indices, n, m, columns)[0]
