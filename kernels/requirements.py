@@ -285,6 +285,15 @@ def nm_by_fragments(facts: Facts) -> str | None:
     return None
 
 
+def expand_fragments(facts: Facts) -> str | None:
+    """As `triton`, of 2:4, 1:4, 2:8 and 1:8 in fp16 or bf16, prepacked."""
+    if facts.order != FRAGMENTS:
+        return "takes entries in the order of fragments"
+    if facts.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {facts.dtype}"
+    return triton(facts)
+
+
 Requires = Callable[[Facts], "str | None"]
 
 

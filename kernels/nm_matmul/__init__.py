@@ -23,8 +23,17 @@ from sparse_layouts.nm_tensor import NMTensor
 
 OP = "nm_matmul"
 _HERE = "sparse_layouts.kernels.nm_matmul"
-BY_FRAGMENTS = register_kernel(
-    OP, "fragments", f"{_HERE}.hopper_fragments:nm_matmul", requirements.nm_by_fragments
+# those that take entries by fragments
+BY_FRAGMENTS = (
+    register_kernel(
+        OP, "fragments", f"{_HERE}.hopper_fragments:nm_matmul", requirements.nm_by_fragments
+    ),
+    register_kernel(
+        OP,
+        "fragments_expand",
+        f"{_HERE}.triton_expand_fragments:nm_matmul",
+        requirements.expand_fragments,
+    ),
 )
 for _name, _function, _requires in (
     ("semi_structured", "semi_structured:nm_matmul", requirements.semi_structured),
@@ -66,9 +75,11 @@ def facts(
 
 
 def _taken_as_it_lies(found: Facts) -> bool:
-    """Whether the kernel for fragments is the one that is chosen."""
-    asked = dict(current().choices).get(OP, BY_FRAGMENTS.name) == BY_FRAGMENTS.name
-    return asked and BY_FRAGMENTS.requires(found) is None and choose(OP, found) is BY_FRAGMENTS
+    """Whether a kernel for fragments is the one that is chosen."""
+    asked = dict(current().choices).get(OP)
+    takes = [row for row in BY_FRAGMENTS if asked in (None, row.name)]
+    able = any(row.requires(found) is None for row in takes)
+    return able and choose(OP, found) in BY_FRAGMENTS
 
 
 def _launch(

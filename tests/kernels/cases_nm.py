@@ -151,6 +151,14 @@ CASES = [
             (50, (6416, 96), {"dense": "mT", "flip": True}),
         )
     ),
+    *(
+        NMCase(f"fragments_{n}_{m}_{name}", (48, 2 * 32 // n), (n, m), order=FRAGMENTS, **more)
+        for n, m in AXES
+        for name, more in (
+            ("wide", {"width": 130, "dense": "mT", "flip": True, "small": True}),
+            ("transposed", {"width": 9, "transposed": True, "batch": 2, "small": True}),
+        )
+    ),
     NMCase("no_row", (0, 6), small=True),
     NMCase("no_column", (8, 0), width=3, small=True),
     NMCase("no_row_transposed", (0, 6), transposed=True, small=True),
