@@ -235,9 +235,10 @@ def _expand(a, e, OF: gl.constexpr, place: gl.constexpr):
     if OF == 4:
         made = gl.inline_asm_elementwise(ASM, REGISTERS, [a, e], gl.int32, is_pure=True, pack=8)
         return (made,)
-    return gl.inline_asm_elementwise(
-        ASM, REGISTERS, [a, e], (gl.int32, gl.int32), is_pure=True, pack=8
-    )
+    else:
+        return gl.inline_asm_elementwise(
+            ASM, REGISTERS, [a, e], (gl.int32, gl.int32), is_pure=True, pack=8
+        )
 
 
 @gluon.jit
