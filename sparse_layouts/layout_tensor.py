@@ -324,9 +324,10 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
         if not torch.compiler.is_dynamo_compiling() and func in ROUTES.shortcuts:
-            result = ROUTES.shortcuts[func](args, kwargs)
-            if result is not NotImplemented:
-                return result
+            for recall in ROUTES.shortcuts[func]:
+                result = recall(args, kwargs)
+                if result is not NotImplemented:
+                    return result
         if not keeps_layout(func):
             if torch.compiler.is_exporting():
                 args, kwargs = opened(args), opened(kwargs)

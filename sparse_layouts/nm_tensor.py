@@ -86,6 +86,7 @@ class NMTensor(LayoutTensor):
     order: str
     inner_values: Tensor | None
     inner_indices: Tensor
+    _recalled: dict[Any, Any] | None = None  # what calls of products settled
 
     @classmethod
     def on_indices(

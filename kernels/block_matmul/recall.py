@@ -20,12 +20,13 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern, transpose_pattern
 from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.dispatch.kernel_table import KERNELS, choose
-from sparse_layouts.dispatch.routes import ROUTES, matches, shortcut
+from sparse_layouts.dispatch.routes import ROUTES, shortcut
 from sparse_layouts.dispatch.settings import Settings, current, restored
 from sparse_layouts.kernels import sddmm
 from sparse_layouts.kernels.block_matmul import FAMILY, OP, facts
 from sparse_layouts.kernels.launching import Launch, PackedLaunch, can_pack
 from sparse_layouts.kernels.products import product, sampled_and_summed, transposed
+from sparse_layouts.kernels.recalling import MOST, may_recall, takes_own_route
 from sparse_layouts.layout_autograd import (
     apply,
     as_layout,
@@ -33,9 +34,6 @@ from sparse_layouts.layout_autograd import (
     version_of,
 )
 from sparse_layouts.opaque import is_eager
-
-# calls that a layout remembers before it forgets them all
-MOST = 64
 
 
 class Face(NamedTuple):
@@ -224,18 +222,9 @@ def _recall(
     NotImplemented.
     """
     values = layout.inner_values
-    if not (type(x) is Tensor and x.is_cuda and is_eager(x) and type(values) is Tensor):
+    if not may_recall(values, x) or not x.is_contiguous():
         return NotImplemented
-    setting = current()
-    if (
-        setting.choices
-        or setting.trace is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or (x.data_ptr() | values.data_ptr()) % 16
-        or (torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != x.dtype)
-        or not x.is_contiguous()
-    ):
-        return NotImplemented
+    assert values is not None
     key = (face, function, x.shape, x.dtype, values.dtype, values.stride(), x.device)
     known = layout._recalled
     settled = None if known is None else known.get(key)
@@ -273,9 +262,7 @@ def _settle(
         return None
     if torch._C._cuda_getDevice() != x.device.index:
         return None
-    found = matches(function, args, {})
-    own = "sparse_layouts.kernels.product_routes"
-    if not found or found[0].route.handler.__module__ != own:
+    if not takes_own_route(function, args):
         return None
     return Settled(layout, x, face)
 

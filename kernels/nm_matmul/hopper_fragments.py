@@ -121,7 +121,7 @@ def _columns_by_columns(
     stream = torch._C._cuda_getCurrentRawStream(x.device.index)
     for first in range(0, x.shape[0], FRAGMENT_COLUMNS):
         at = slice(first, first + FRAGMENT_COLUMNS)
-        _launch(out[:, at], values, indices, x[at], n, m).run(stream)
+        launch(out[:, at], values, indices, x[at], n, m).run(stream)
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -138,7 +138,10 @@ def _rows(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _launch(out: Tensor, values: Tensor, indices: Tensor, x: Tensor, n: int, m: int) -> Launch:
+def launch(out: Tensor, values: Tensor, indices: Tensor, x: Tensor, n: int, m: int) -> Launch:
+    """The launch that writes `W @ x.mT` to out (M, N), any strides, of at most 64 columns; indices
+    (M / 16, W), x (N, K) as the copy engine reads it.
+    """
     rows, (columns, width) = values.shape[0], x.shape
     tiles, units = rows // TILE_ROWS, width // unit_columns(n, m)
     words, parts = indices.shape[1], 1

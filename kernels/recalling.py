@@ -1,0 +1,39 @@
+"""Which calls of a product are alike enough to be launched as an earlier one was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_layouts.dispatch.routes import matches
+from sparse_layouts.dispatch.settings import current
+from sparse_layouts.opaque import is_eager
+
+# calls that a layout remembers before it forgets them all
+MOST = 64
+
+
+def may_recall(values: Tensor | None, x: Tensor) -> bool:
+    """Whether a call with a layout of these values and a dense operand is a plain one: eager, on a
+    GPU, with addresses that kernels take and no setting that has a say.
+    """
+    if not (type(x) is Tensor and x.is_cuda and is_eager(x) and type(values) is Tensor):
+        return False
+    setting = current()
+    return not (
+        setting.choices
+        or setting.trace is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or (x.data_ptr() | values.data_ptr()) % 16
+        or (torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != x.dtype)
+    )
+
+
+def takes_own_route(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a call's route is one of `product_routes.py`."""
+    found = matches(function, args, {})
+    own = "sparse_layouts.kernels.product_routes"
+    return bool(found) and found[0].route.handler.__module__ == own
