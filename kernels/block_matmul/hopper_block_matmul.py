@@ -23,11 +23,15 @@ from sparse_layouts.kernels.hopper_common import (
 from sparse_layouts.kernels.launching import Launch
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES, kernel_signature
 
-# Columns of a tile: one warpgroup's accumulator for 64 rows of 256, the two halves of it for tiles
-# of one block row of 64.
-TILE_COLUMNS = 256
+# Columns of a tile, whose halves (its rows from 128 on, else its columns) are a warpgroup's each;
+# half as many where that leaves multiprocessors idle.
+TILE_COLUMNS, FEWER_COLUMNS = 256, 128
 STAGES = 4
 MAX_REGISTERS = 168
+# Measured on an H200, 2026-11-26, bf16, 4096^3, in CUDA graphs, us (cuBLAS 160): a quarter of the
+# blocks stored 78 with blocks of 64 and 61 with 128, a tenth 39 and 35, half 139 and 106; F.linear
+# and x @ W the same. What bounds it is the L2: tiles of 64 rows read 52 FLOP a byte, at 444 TFLOP/s
+# 8.5 TB/s; of 128 rows 87, at 540 6.2, and a tile's store, which nothing of the same program hides.
 
 
 def block_matmul(
@@ -74,16 +78,18 @@ def launch(
     values, x, out = (
         t.mT if is_turned else t for t, is_turned in zip((values, x, out), turned, strict=True)
     )
-    constants = _constants(p.block_size, *turned, activation)
-    column_tiles = -(-n // TILE_COLUMNS)
-    items = batch * column_tiles * p.num_patterns * p.grid[0]
-    items *= p.block_size[0] // constants["TM"]
+    row_tiles = batch * p.num_patterns * p.grid[0] * (p.block_size[0] // _tile_rows(p.block_size))
+    most = multiprocessors(x.device)
+    columns = TILE_COLUMNS if row_tiles * -(-n // TILE_COLUMNS) >= most else FEWER_COLUMNS
+    constants = _constants(p.block_size, *turned, activation, columns)
+    column_tiles = -(-n // columns)
+    items = row_tiles * column_tiles
 
     def arguments() -> dict[str, Any]:
         return {
             "values_desc": rows_descriptor(values, 64),
             "x_desc": rows_descriptor(x, _x_rows(constants)),
-            "out_desc": rows_descriptor(out, 128 if turned[2] else 64),
+            "out_desc": rows_descriptor(out, _out_rows(constants)),
             "patterns": p.num_patterns,
             "block_rows": p.grid[0],
             "column_tiles": column_tiles,
@@ -108,8 +114,39 @@ def launch(
         },
         arguments,
         {**constants, "num_warps": 4, "maxnreg": MAX_REGISTERS},
-        min(items, multiprocessors(x.device)),
+        min(items, most),
     )
+
+
+class Prepared:
+    """Calls on operands like these: all but addresses is settled."""
+
+    def __init__(
+        self, values: Tensor, pattern: BlockPattern, x: Tensor, out: Tensor, bias: Tensor | None
+    ) -> None:
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        settled = launch(values, pattern, x, out, bias, None, stream)
+        self._programs, self._device = settled.programs, x.device
+        self._packed = settled.pack(("counter_ptr", "bias_ptr"))
+
+    def __call__(self, values: int, x: int, out: int, bias: Tensor | None, stream: int) -> None:
+        """Writes to the address `out`."""
+        packed = self._packed
+        with packed.lock:
+            packed.describe("values_desc", values)
+            packed.describe("x_desc", x)
+            packed.describe("out_desc", out)
+            if bias is not None:
+                packed.point("bias_ptr", bias.data_ptr())
+            packed.point("counter_ptr", work_counter(self._device, stream).data_ptr())
+            packed.launch(self._programs, stream)
+
+
+def prepared(
+    values: Tensor, pattern: BlockPattern, x: Tensor, out: Tensor, bias: Tensor | None
+) -> Prepared:
+    """What launches `out = W @ x + bias` again."""
+    return Prepared(values, pattern, x, out, bias)
 
 
 def rows_by_length(pattern: BlockPattern) -> Tensor:
@@ -125,13 +162,18 @@ def rows_by_length(pattern: BlockPattern) -> Tensor:
 
 
 def _constants(
-    block_size: tuple[int, int], values_t: bool, x_t: bool, out_t: bool, activation: str | None
+    block_size: tuple[int, int],
+    values_t: bool,
+    x_t: bool,
+    out_t: bool,
+    activation: str | None,
+    columns: int = TILE_COLUMNS,
 ) -> dict[str, Any]:
     return {
         "BM": block_size[0],
         "BK": block_size[1],
-        "TM": min(block_size[0], 128),
-        "TN": TILE_COLUMNS,
+        "TM": _tile_rows(block_size),
+        "TN": columns,
         "VALUES_T": values_t,
         "X_T": x_t,
         "OUT_T": out_t,
@@ -140,9 +182,23 @@ def _constants(
     }
 
 
+def _tile_rows(block_size: tuple[int, int]) -> int:
+    return min(block_size[0], 128)
+
+
+def _part_columns(constants: dict[str, Any]) -> int:
+    """Columns of a tile that are one warpgroup's."""
+    return constants["TN"] * constants["TM"] // 128
+
+
 def _x_rows(constants: dict[str, Any]) -> int:
     """Rows of a box of x: 64 along K, or, of its transpose, what a warpgroup multiplies by."""
-    return (TILE_COLUMNS * constants["TM"] // 128) if constants["X_T"] else 64
+    return _part_columns(constants) if constants["X_T"] else 64
+
+
+def _out_rows(constants: dict[str, Any]) -> int:
+    """Rows of a box of out: 64, or, of its transpose, the columns that are stored at once."""
+    return min(_part_columns(constants), 128) if constants["OUT_T"] else 64
 
 
 def compilations() -> Iterator[Compilation]:
@@ -155,7 +211,8 @@ def compilations() -> Iterator[Compilation]:
             (True, True, True),  # its gradient to x, and x @ w
             (True, False, False),  # w.mT @ x
         ):
-            yield _compilation((block, block), bf16, turned)
+            for columns in (TILE_COLUMNS, FEWER_COLUMNS):
+                yield _compilation((block, block), bf16, turned, columns=columns)
     yield _compilation((256, 64), torch.float16, (False, False, False))
     yield _compilation((64, 128), torch.float16, (True, True, True))
     for activation in ("relu", "gelu", "gelu_tanh", "silu"):
@@ -168,13 +225,14 @@ def _compilation(
     dtype: torch.dtype,
     turned: tuple[bool, bool, bool],
     activation: str | None = None,
+    columns: int = TILE_COLUMNS,
 ) -> Compilation:
     name = DTYPE_NAMES[dtype]
-    constexprs = _constants(block_size, *turned, activation)
+    constexprs = _constants(block_size, *turned, activation, columns)
     given = {
         "values_desc": rows_descriptor_type(dtype, 64),
         "x_desc": rows_descriptor_type(dtype, _x_rows(constexprs)),
-        "out_desc": rows_descriptor_type(dtype, 128 if turned[2] else 64),
+        "out_desc": rows_descriptor_type(dtype, _out_rows(constexprs)),
         "bias_ptr": f"*{name}",
     }
     if activation is None:
@@ -182,6 +240,7 @@ def _compilation(
     if not turned[0]:
         constexprs["slots_ptr"] = None
     parts = ["x".join(map(str, block_size)), name, activation or ""]
+    parts.append("few_tiles" * (columns == FEWER_COLUMNS))
     parts += [what * on for what, on in zip(("values_t", "x_t", "out_t"), turned, strict=True)]
     return Compilation(
         f"block_matmul[{','.join(part for part in parts if part)}]",

@@ -137,6 +137,7 @@ def _consume(
     PARTS: gl.constexpr = TN // WN
     own_row: gl.constexpr = w if ROWS == 2 else 0
     own_part: gl.constexpr = w if PARTS == 2 else 0
+    PIECE: gl.constexpr = WN if WN < 128 else 128  # columns that are stored at once
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WN, 16])
     dtype: gl.constexpr = out_desc.dtype
     offs = gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
@@ -162,23 +163,22 @@ def _consume(
             bias = gl.load(bias_ptr + row + offs, mask=row + offs < num_rows, other=0.0)
             acc += bias.to(gl.float32)[:, None]
         acc = activated(acc, ACTIVATION)
-        for h in gl.static_range(WN // 128):
-            tile = columns_of(acc, h, 128).to(dtype)
+        buffer = out_s.index(w)
+        for h in gl.static_range(WN // PIECE):
+            tile = columns_of(acc, h, PIECE).to(dtype)
             tma.store_wait(0)
             if OUT_T:
-                buffer = out_s.index(w)
-                buffer.reshape([128, 64]).permute((1, 0)).store(tile)
+                buffer.reshape([PIECE, 64]).permute((1, 0)).store(tile)
                 fence_async_shared()
                 tma.async_copy_shared_to_global(
-                    out_desc, [batch, pattern, column + h * 128, row], buffer
+                    out_desc, [batch, pattern, column + h * PIECE, row], buffer
                 )
             else:
-                buffer = out_s.index(w)
-                buffer.reshape([64, 128]).store(tile)
+                buffer.reshape([64, PIECE]).store(tile)
                 fence_async_shared()
-                for c in gl.static_range(2):
+                for c in gl.static_range(PIECE // 64):
                     tma.async_copy_shared_to_global(
-                        out_desc, [batch, pattern, row, column + h * 128 + c * 64],
+                        out_desc, [batch, pattern, row, column + h * PIECE + c * 64],
                         buffer.slice(c * 64, 64, dim=3),
                     )  # fmt: skip
         turn += 1
@@ -206,10 +206,11 @@ def hopper_block_matmul(
         x_s = gl.allocate_shared_memory(dtype, [STAGES * PARTS, 1, 1, WN, 64], ROWS_LAYOUT)
     else:
         x_s = gl.allocate_shared_memory(dtype, [STAGES * PARTS, 1, 1, 64, WN], ROWS_LAYOUT)
+    PIECE: gl.constexpr = WN if WN < 128 else 128
     if OUT_T:
-        out_s = gl.allocate_shared_memory(dtype, [2, 1, 1, 128, 64], ROWS_LAYOUT)
+        out_s = gl.allocate_shared_memory(dtype, [2, 1, 1, PIECE, 64], ROWS_LAYOUT)
     else:
-        out_s = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, 128], ROWS_LAYOUT)
+        out_s = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, PIECE], ROWS_LAYOUT)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     told = gl.allocate_shared_memory(gl.int32, [2, 32], plain)
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], bar)

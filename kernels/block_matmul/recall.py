@@ -19,14 +19,13 @@ from torch import Tensor
 
 from sparse_layouts.block_pattern import BlockPattern, transpose_pattern
 from sparse_layouts.bsr_tensor import BSRTensor
-from sparse_layouts.dispatch.kernel_table import KERNELS, choose
-from sparse_layouts.dispatch.routes import ROUTES, shortcut
+from sparse_layouts.dispatch.kernel_table import KERNELS, Kernel, choose
+from sparse_layouts.dispatch.routes import ROUTES, matches, shortcut
 from sparse_layouts.dispatch.settings import Settings, current, restored
 from sparse_layouts.kernels import sddmm
 from sparse_layouts.kernels.block_matmul import FAMILY, OP, facts
-from sparse_layouts.kernels.launching import Launch, PackedLaunch, can_pack
+from sparse_layouts.kernels.launching import can_pack
 from sparse_layouts.kernels.products import product, sampled_and_summed, transposed
-from sparse_layouts.kernels.recalling import MOST, may_recall, takes_own_route
 from sparse_layouts.layout_autograd import (
     apply,
     as_layout,
@@ -34,6 +33,9 @@ from sparse_layouts.layout_autograd import (
     version_of,
 )
 from sparse_layouts.opaque import is_eager
+
+# calls that a layout remembers before it forgets them all
+MOST = 64
 
 
 class Face(NamedTuple):
@@ -52,29 +54,20 @@ DENSE_TIMES_LAYOUT = Face(by_rows=True, flips=True)
 LINEAR = Face(by_rows=True, flips=False)
 
 
-class Prepared:
-    """A launch of which only addresses change: of `described` and `moving`, and the counter's."""
-
-    def __init__(self, launch: Launch, moving: tuple[str, ...] = ()) -> None:
-        self.packed: PackedLaunch = launch.pack((*moving, "counter_ptr"))
-        self.programs = launch.programs
-        self.names = tuple(launch.described)
-        self.counter = importlib.import_module("sparse_layouts.kernels.hopper_common").work_counter
-
-    def run(self, described: tuple[int, ...], device: torch.device, stream: int) -> None:
-        """Launches with these addresses of what is described."""
-        packed = self.packed
-        with packed.lock:
-            for name, address in zip(self.names, described, strict=True):
-                packed.describe(name, address)
-            packed.point("counter_ptr", self.counter(device, stream).data_ptr())
-            packed.launch(self.programs, stream)
+def _module(row: Kernel | None, op: str) -> Any:
+    """The file of this library's own kernel `row` of an op, None for any other."""
+    name = "" if row is None else row.source.partition(":")[0]
+    if not name.startswith(f"sparse_layouts.kernels.{op}.") or not can_pack():
+        return None
+    return importlib.import_module(name)
 
 
 class Settled:
     """What calls on operands like the first ones share."""
 
-    def __init__(self, layout: BSRTensor, x: Tensor, face: Face) -> None:
+    def __init__(
+        self, layout: BSRTensor, x: Tensor, face: Face, bias: Tensor | None = None
+    ) -> None:
         values = layout.inner_values
         assert values is not None
         self.pattern: BlockPattern = layout.block_pattern
@@ -85,22 +78,22 @@ class Settled:
         own = self.pattern.shape[1 if face.flips else 0]
         self.out_shape = (*x.shape[:-1], own) if face.by_rows else (own, x.shape[1])
         out = x.new_empty(self.out_shape)
-        self.forward = self._product(values, x, out, face.flips)
-        self.to_x: Prepared | None = None
-        self.to_layout: Prepared | None = None
+        self.forward = self._product(values, x, out, face.flips, bias)
+        self.to_x: Any = None
+        self.to_layout: Any = None
         self.prepared = False  # the launches of the gradients
 
-    def _product(self, values: Tensor, x: Tensor, out: Tensor, flips: bool) -> Prepared | None:
-        """The launch of one product, None where another kernel is chosen for it."""
+    def _product(
+        self, values: Tensor, x: Tensor, out: Tensor, flips: bool, bias: Tensor | None
+    ) -> Any:
+        """What launches one product again, None where its kernel has no such thing."""
         pattern = self.pattern
         if flips:
             values, pattern = values.mT, transpose_pattern(pattern)
         x, out = self._columns(x), self._columns(out)
-        row = choose(OP, facts(values, pattern, x[0, 0], self.face.by_rows))
-        if row is None or not row.source.partition(":")[0].endswith(".hopper_block_matmul"):
-            return None
-        module = importlib.import_module(row.source.partition(":")[0])
-        return Prepared(module.launch(values[None], pattern, x, out, None, None, self.stream()))
+        module = _module(choose(OP, facts(values, pattern, x[0, 0], self.face.by_rows)), OP)
+        prepared = getattr(module, "prepared", None)
+        return None if prepared is None else prepared(values[None], pattern, x, out, bias)
 
     def _columns(self, x: Tensor) -> Tensor:
         """x as (1, 1, K, N)."""
@@ -117,15 +110,8 @@ class Settled:
         self.prepared = True
         values = layout.inner_values
         assert values is not None
-        self.to_x = self._product(values, dout, torch.empty_like(x), not self.face.flips)
-        a, b = self._factors(x, dout)
-        row = choose(sddmm.OP, sddmm.facts(a, b, self.pattern))
-        if row is not None and row.source.partition(":")[0].endswith(".hopper_sddmm"):
-            module = importlib.import_module(row.source.partition(":")[0])
-            made = values.new_empty(1, *values.shape)
-            self.to_layout = Prepared(
-                module.launch(a[None, None], b[None, None], self.pattern, made, self.stream())
-            )
+        self.to_x = self._product(values, dout, torch.empty_like(x), not self.face.flips, None)
+        self.to_layout = _sample_again(*self._factors(x, dout), self.pattern)
 
     def _factors(self, x: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
         """The two matrices whose product the gradient to W samples."""
@@ -142,7 +128,7 @@ class Settled:
             dx = dout.new_empty(x_like)
             addresses = (values.data_ptr(), dout.data_ptr(), dx.data_ptr())
             if not (addresses[0] | addresses[1]) % 16:
-                self.to_x.run(addresses, self.device, self.stream())
+                self.to_x(*addresses, None, self.stream())
                 return dx
         flipped = layout if self.face.flips else transposed(layout)
         if self.face.by_rows:
@@ -159,7 +145,7 @@ class Settled:
             addresses = (a.data_ptr(), b.data_ptr())
             if not (addresses[0] | addresses[1]) % 16:
                 made = dout.new_empty(values.shape)
-                self.to_layout.run((*addresses, made.data_ptr()), self.device, self.stream())
+                self.to_layout(*addresses, made.data_ptr(), self.stream())
                 return layout.like_self(made)
         a, b = self._factors(x, dout)
         return as_layout(sampled_and_summed(FAMILY, a, b, layout), layout)
@@ -175,15 +161,27 @@ class Settled:
         )
 
 
+def _sample_again(a: Tensor, b: Tensor, pattern: BlockPattern) -> Any:
+    """What launches the sampled product `a @ b` again, None where its kernel has no such thing."""
+    module = _module(choose(sddmm.OP, sddmm.facts(a, b, pattern)), sddmm.OP)
+    prepared = getattr(module, "Prepared", None)
+    if prepared is None:
+        return None
+    values = a.new_empty(1, pattern.num_blocks, *pattern.block_size)
+    return prepared(a[None, None], b[None, None], pattern, values)
+
+
 class SettledProduct(torch.autograd.Function):
     """The product of a face; of the old form, whose `apply` costs 14 us less."""
 
     @staticmethod
-    def forward(ctx: Any, layout: BSRTensor, x: Tensor, settled: Settled) -> Tensor:
-        out = _multiply(layout, x, settled)
+    def forward(
+        ctx: Any, layout: BSRTensor, x: Tensor, bias: Tensor | None, settled: Settled
+    ) -> Tensor:
+        out = _multiply(layout, x, bias, settled)
         # the gradient to a frozen layout is all that reads x
         ctx.save_for_backward(layout, x if ctx.needs_input_grad[0] else None)
-        ctx.settled, ctx.shape, ctx.dtype = settled, x.shape, x.dtype
+        ctx.settled, ctx.shape = settled, x.shape
         ctx.settings, ctx.version = current(), version_of(layout)
         return out
 
@@ -195,64 +193,95 @@ class SettledProduct(torch.autograd.Function):
         if not settled.prepared and dout.is_contiguous():
             like = dout.new_empty(ctx.shape) if x is None else x
             settled.prepare_gradients(layout, like, dout)
-        dlayout = dx = None
+        dlayout = dx = dbias = None
         with restored(settings):
             if ctx.needs_input_grad[0]:
                 dlayout = settled.gradient_to_layout(layout, x, dout)
             if ctx.needs_input_grad[1]:
                 check_version(layout, ctx.version)
                 dx = settled.gradient_to_x(layout, ctx.shape, dout)
-        return dlayout, dx, None
+            if ctx.needs_input_grad[2]:
+                dbias = dout.flatten(0, -2).sum(0)
+        return dlayout, dx, dbias, None
 
 
-def _multiply(layout: BSRTensor, x: Tensor, settled: Settled) -> Tensor:
+def _multiply(layout: BSRTensor, x: Tensor, bias: Tensor | None, settled: Settled) -> Tensor:
     values = layout.inner_values
     assert values is not None
-    assert settled.forward is not None
     out = x.new_empty(settled.out_shape)
     addresses = (values.data_ptr(), x.data_ptr(), out.data_ptr())
-    settled.forward.run(addresses, settled.device, settled.stream())
+    settled.forward(*addresses, bias, settled.stream())
     return out
 
 
+def _undisturbed(x: Tensor) -> bool:
+    """Whether nothing is set under which calls differ from each other."""
+    setting = current()
+    return not (
+        setting.choices
+        or setting.trace is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or (torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != x.dtype)
+    )
+
+
+def _remember(layout: BSRTensor, key: Any, settled: Any) -> None:
+    """Keeps what a call settled with the layout."""
+    known = layout._recalled
+    if known is None or len(known) >= MOST:
+        known = layout._recalled = {}
+    known[key] = settled
+
+
 def _recall(
-    layout: BSRTensor, x: Tensor, face: Face, function: Callable[..., Any], args: tuple[Any, ...]
+    layout: BSRTensor,
+    x: Tensor,
+    face: Face,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    bias: Tensor | None = None,
 ) -> Any:
     """The result of a call like an earlier one, which is settled where there was none, or
     NotImplemented.
     """
     values = layout.inner_values
-    if not may_recall(values, x) or not x.is_contiguous():
+    if not (type(x) is Tensor and x.is_cuda and is_eager(x) and type(values) is Tensor):
         return NotImplemented
-    assert values is not None
-    key = (face, function, x.shape, x.dtype, values.dtype, values.stride(), x.device)
-    known = layout._recalled
-    settled = None if known is None else known.get(key)
+    if (x.data_ptr() | values.data_ptr()) % 16 or not x.is_contiguous() or not _undisturbed(x):
+        return NotImplemented
+    of_bias = None if bias is None else (bias.shape, bias.dtype, bias.device, bias.stride())
+    key = (face, function, x.shape, x.dtype, values.dtype, values.stride(), x.device, of_bias)
+    settled = None if layout._recalled is None else layout._recalled.get(key)
     if (
         settled is None
         or settled.pattern is not layout._pattern
         or settled.tables != (ROUTES.changes, KERNELS.changes)
     ):
-        settled = _settle(layout, x, face, function, args)
+        settled = _settle(layout, x, face, function, args, bias)
         if settled is None:
             return NotImplemented
-        if known is None or len(known) >= MOST:
-            known = layout._recalled = {}
-        known[key] = settled
+        _remember(layout, key, settled)
     if settled.forward is None or torch._C._cuda_getDevice() != settled.device.index:
         return NotImplemented
-    if torch.is_grad_enabled() and (x.requires_grad or layout.requires_grad):
-        return apply(SettledProduct, layout, x, settled)
-    return _multiply(layout, x, settled)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or layout.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return apply(SettledProduct, layout, x, bias, settled)
+    return _multiply(layout, x, bias, settled)
 
 
 def _settle(
-    layout: BSRTensor, x: Tensor, face: Face, function: Callable[..., Any], args: tuple[Any, ...]
+    layout: BSRTensor,
+    x: Tensor,
+    face: Face,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    bias: Tensor | None,
 ) -> Settled | None:
     """What calls like this one share, for one matrix of blocks and plain operands that fit."""
     values, contracted = layout.inner_values, x.shape[-1 if face.by_rows else -2]
     p = layout.block_pattern
-    if values is None or values.dim() != 3 or p.lead or x.dim() < 2 or not can_pack():
+    if values is None or values.dim() != 3 or p.lead or x.dim() < 2:
         return None
     if x.dim() != 2 and not face.by_rows:
         return None
@@ -260,11 +289,20 @@ def _settle(
         return None
     if contracted != p.shape[0 if face.flips else 1]:
         return None
-    if torch._C._cuda_getDevice() != x.device.index:
+    if bias is not None:
+        fits = bias.shape == p.shape[:1] and bias.dtype == x.dtype and bias.device == x.device
+        if not fits or not bias.is_contiguous() or bias.data_ptr() % 16:
+            return None
+    if torch._C._cuda_getDevice() != x.device.index or not _is_own(function, args):
         return None
-    if not takes_own_route(function, args):
-        return None
-    return Settled(layout, x, face)
+    return Settled(layout, x, face, bias)
+
+
+def _is_own(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a call takes this library's route of products."""
+    found = matches(function, args, {})
+    own = "sparse_layouts.kernels.product_routes"
+    return bool(found) and found[0].route.handler.__module__ == own
 
 
 def _recall_matmul(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -283,17 +321,74 @@ def _recall_matmul(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def recall_linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call of `F.linear` without a bias, with its arguments as they came."""
-    if len(args) == 3 and args[2] is None:
-        args = args[:2]
-    if len(args) != 2 or (kwargs and kwargs != {"bias": None}):
+    """A call of `F.linear`, with its arguments as they came."""
+    if kwargs:
+        if len(args) != 2 or kwargs.keys() != {"bias"}:
+            return NotImplemented
+        args = (*args, kwargs["bias"])
+    if not 2 <= len(args) <= 3:
         return NotImplemented
-    x, weight = args
-    if type(x) is Tensor and isinstance(weight, BSRTensor):
-        return _recall(weight, x, LINEAR, F.linear, args)
-    return NotImplemented
+    x, weight, *rest = args
+    bias = rest[0] if rest else None
+    if type(x) is not Tensor or not isinstance(weight, BSRTensor):
+        return NotImplemented
+    plain = bias is None or type(bias) in (Tensor, torch.nn.Parameter)
+    if not plain or (bias is not None and bias.data_ptr() % 16):  # the alignment is settled
+        return NotImplemented
+    return _recall(weight, x, LINEAR, F.linear, args, bias)
+
+
+class SettledSample:
+    """What sampled products on operands like the first ones share."""
+
+    def __init__(self, a: Tensor, b: Tensor, mask: BSRTensor) -> None:
+        self.pattern: BlockPattern = mask.block_pattern
+        self.tables = (ROUTES.changes, KERNELS.changes)
+        self.launch = _sample_again(a, b, self.pattern)
+        self.index = a.device.index
+
+
+def recall_sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call of `sl.sddmm`, without gradients, as it comes to torch's function."""
+    if len(args) != 3 or kwargs.keys() != {"beta"} or kwargs["beta"] != 0:
+        return NotImplemented
+    mask, a, b = args
+    if not (type(a) is type(b) is Tensor and a.is_cuda and is_eager(a) and _undisturbed(a)):
+        return NotImplemented
+    if not isinstance(mask, BSRTensor) or (a.data_ptr() | b.data_ptr()) % 16:
+        return NotImplemented
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return NotImplemented
+    key = ("sddmm", a.shape, b.shape, a.stride(), b.stride(), a.dtype, b.dtype, a.device, b.device)
+    settled = None if mask._recalled is None else mask._recalled.get(key)
+    if (
+        settled is None
+        or settled.pattern is not mask._pattern
+        or settled.tables != (ROUTES.changes, KERNELS.changes)
+    ):
+        p = mask.block_pattern
+        sizes = (a.dim(), b.dim(), *a.shape, *b.shape)
+        if sizes != (2, 2, p.shape[0], a.shape[-1], a.shape[-1], p.shape[1]):
+            return NotImplemented
+        if p.lead or p.head_map is not None or 0 in (*sizes, p.num_blocks):
+            return NotImplemented
+        if a.dtype != b.dtype or not (a.device == b.device == p.device):
+            return NotImplemented
+        if torch._C._cuda_getDevice() != a.device.index:
+            return NotImplemented
+        if not _is_own(torch.sparse.sampled_addmm, (mask, a, b)):
+            return NotImplemented
+        settled = SettledSample(a, b, mask)
+        _remember(mask, key, settled)
+    if settled.launch is None or torch._C._cuda_getDevice() != settled.index:
+        return NotImplemented
+    values = a.new_empty(mask.block_pattern.num_blocks, *mask.block_size)
+    stream = torch._C._cuda_getCurrentRawStream(settled.index)
+    settled.launch(a.data_ptr(), b.data_ptr(), values.data_ptr(), stream)
+    return mask.like_self(values)
 
 
 shortcut(F.linear)(recall_linear)
+shortcut(torch.sparse.sampled_addmm)(recall_sample)
 for _function in (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__):
     shortcut(_function)(_recall_matmul(_function))

@@ -89,6 +89,26 @@ def launch(a: Tensor, b: Tensor, pattern: BlockPattern, values: Tensor, stream: 
     )
 
 
+class Prepared:
+    """Calls on operands like these: all but addresses is settled."""
+
+    def __init__(self, a: Tensor, b: Tensor, pattern: BlockPattern, values: Tensor) -> None:
+        stream = torch.cuda.current_stream(a.device).cuda_stream
+        settled = launch(a, b, pattern, values, stream)
+        self._programs, self._device = settled.programs, a.device
+        self._packed = settled.pack(("counter_ptr",))
+
+    def __call__(self, a: int, b: int, values: int, stream: int) -> None:
+        """Writes to the address `values`."""
+        packed = self._packed
+        with packed.lock:
+            packed.describe("a_desc", a)
+            packed.describe("b_desc", b)
+            packed.describe("values_desc", values)
+            packed.point("counter_ptr", work_counter(self._device, stream).data_ptr())
+            packed.launch(self._programs, stream)
+
+
 def fullest_first(pattern: BlockPattern, tile_columns: int) -> tuple[Tensor, Tensor]:
     """:func:`tile_schedule`, the tiles with the most stored columns first, those too many last."""
 

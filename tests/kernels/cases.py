@@ -470,8 +470,13 @@ HOPPER_CASES = [
     BlockCase(
         "hopper_gaps", Stored((384, 448), (64, 64), 2, blocks="gaps"), width=144, poison=True
     ),
-    BlockCase("hopper_power", Stored((512, 4096), (64, 64), blocks="power"), width=160, dense="mT"),
-    BlockCase("hopper_all", Stored((128, 256), (64, 64), blocks="all"), width=1032, flip=True),
+    BlockCase("hopper_power", Stored((512, 2048), (64, 64), blocks="power"), width=160, dense="mT"),
+    BlockCase("hopper_all", Stored((128, 256), (64, 64), blocks="all"), width=520, flip=True),
+    BlockCase("hopper_many_rows", Stored((9024, 128), (64, 64)), width=264, dense="mT", flip=True),
+    BlockCase("hopper_many_rows_128", Stored((8960, 256), (128, 128)), width=520),
+    BlockCase(
+        "hopper_many_rows_transposed", Stored((8576, 128), (64, 64), transposed=True), width=376
+    ),
     BlockCase("hopper_one_block", Stored((128, 128), (128, 128), blocks="all"), width=176),
 ]
 # for products alone

@@ -100,6 +100,47 @@ def test_recalled_gradients_are_the_same_bits(call: Product, device: str) -> Non
 
 
 @on_hopper
+@pytest.mark.parametrize("tokens", [1, 7, 16, 64, 512])
+def test_recalled_linear_layers_with_a_bias(tokens: int, device: str) -> None:
+    w = weight(device, grad=True)
+    bias = torch.nn.Parameter(dense(device, 512).detach())
+    kernel = "hopper" if tokens > 64 else "triton_few_columns"
+    for _ in range(3):
+        x = dense(device, tokens, 512, grad=True)
+        out = F.linear(x, w, bias)
+        with sl.kernel_choice(block_matmul=kernel):
+            expected = F.linear(x, w, bias)
+        assert torch.equal(out, expected)
+        dout = torch.randn_like(out)
+        mine = torch.autograd.grad(out, (w, x, bias), dout)
+        its = torch.autograd.grad(expected, (w, x, bias), dout)
+        assert torch.equal(mine[2], its[2])
+        for a, b in ((mine[0].to_dense(), its[0].to_dense()), (mine[1], its[1])):
+            assert (a - b).norm() <= torch.finfo(x.dtype).eps * b.norm()
+    assert len(w._recalled or {}) == 1
+    with pytest.raises(ValueError, match="bias"):
+        F.linear(x, w, bias[:256])
+    with pytest.raises(TypeError, match="bias"):
+        F.linear(x, w, bias.float())
+
+
+@on_hopper
+def test_recalled_samples_give_the_same_bits(device: str) -> None:
+    mask = weight(device).pattern
+    for _ in range(3):
+        a, b = dense(device), dense(device)
+        with sl.kernel_choice(sddmm="hopper"):
+            expected = sl.sddmm(a, b.mT, mask)
+        assert torch.equal(sl.sddmm(a, b.mT, mask).values(), expected.values())
+    assert len(mask._recalled or {}) == 1
+    leaf = dense(device, grad=True)
+    (sl.sddmm(leaf, b.mT, mask).values()).sum().backward()
+    assert leaf.grad is not None
+    with pytest.raises(ValueError, match="sddmm"):
+        sl.sddmm(a[:256], b.mT, mask)
+
+
+@on_hopper
 @products
 def test_a_gradient_with_other_strides(call: Product, device: str) -> None:
     w, x = leaves_of(device)
@@ -220,8 +261,11 @@ def test_settings_tables_and_autocast_are_heeded(device: str) -> None:
 
 @on_hopper
 @products
-def test_recalled_products_in_a_graph(call: Product, device: str) -> None:
+@pytest.mark.parametrize("columns", [16, 512])
+def test_recalled_products_in_a_graph(call: Product, columns: int, device: str) -> None:
     w, x = weight(device), dense(device)
+    if columns < 512:
+        x = x[:columns].contiguous() if call is not from_the_left else x[:, :columns].contiguous()
     expected = call(w, x)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
