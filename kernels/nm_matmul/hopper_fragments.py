@@ -32,7 +32,8 @@ from sparse_layouts.nm_fragments import FRAGMENTS, LANES, TILE_ROWS, unit_column
 
 class Tuning(NamedTuple):
     """Tiles of 16 rows a program, the warps that multiply them, phases that are on their way, parts
-    of x, how many times 64 columns such a part has, and programs that a multiprocessor is to hold.
+    of x, how many times 64 columns such a part has, programs that a multiprocessor is to hold, and
+    programs that share the columns of the result.
     """
 
     tiles: int
@@ -41,31 +42,42 @@ class Tuning(NamedTuple):
     x_stages: int
     x_each: int
     programs: int = 2
+    parts: int = 1
 
 
 # By n:m and eights of columns, the most tiles first: what a program shares of x grows with its
 # tiles, and fewer programs than multiprocessors read more slowly. Of m = 8 more columns than 32 are
 # several programs', since registers do not hold more sums.
+#
+# Beside the first ones: microseconds on an H200, 8192 x 8192, bf16, 8, 16, 32 and 64 columns, in a
+# CUDA graph in which weights take turns (2026-11-26); cuBLAS's dense product takes 36.2, 36.5, 37.3
+# and 39.8. The others are for fewer rows.
 TUNINGS = {
     (2, 4): {
-        1: [Tuning(2, 8, 4, 4, 1), Tuning(1, 8, 7, 4, 1)],
-        2: [Tuning(2, 8, 3, 3, 1), Tuning(1, 8, 6, 3, 1)],
-        4: [Tuning(4, 8, 3, 2, 1, 1), Tuning(2, 8, 5, 2, 1, 1)],
-        8: [Tuning(4, 8, 2, 2, 1, 1), Tuning(2, 8, 4, 2, 1, 1)],
+        1: [Tuning(2, 8, 3, 4, 1), Tuning(1, 8, 7, 4, 1)],  # 21.8
+        2: [Tuning(2, 8, 3, 3, 1), Tuning(1, 8, 6, 3, 1)],  # 22.6
+        4: [Tuning(2, 4, 4, 3, 1), Tuning(2, 8, 5, 2, 1, 1)],  # 24.5; (4, 8, 3, 2, 1, 1): 25.6
+        8: [Tuning(4, 8, 2, 2, 1, 1), Tuning(2, 8, 4, 2, 1, 1)],  # 29.8
     },
     (1, 4): {
-        1: [Tuning(2, 8, 3, 3, 2), Tuning(1, 8, 5, 3, 2)],
-        2: [Tuning(2, 8, 3, 3, 1), Tuning(1, 8, 6, 3, 1)],
-        4: [Tuning(4, 8, 3, 2, 1, 1), Tuning(2, 8, 5, 2, 1, 1)],
-        8: [Tuning(4, 8, 2, 2, 1, 1), Tuning(2, 8, 4, 2, 1, 1)],
+        1: [Tuning(2, 8, 3, 3, 2), Tuning(1, 8, 5, 3, 2)],  # 12.2
+        2: [Tuning(2, 4, 5, 3, 2), Tuning(1, 8, 6, 3, 1)],  # 14.3
+        4: [Tuning(4, 8, 2, 2, 2, 1), Tuning(2, 8, 5, 2, 1, 1)],  # 17.8; (4, 8, 3, 2, 1, 1): 19.9
+        8: [Tuning(4, 8, 2, 2, 1, 1), Tuning(2, 8, 4, 2, 1, 1)],  # 27.4
     },
     (2, 8): {
-        1: [Tuning(2, 8, 3, 3, 2), Tuning(1, 8, 5, 3, 2)],
-        2: [Tuning(2, 8, 4, 3, 2, 1), Tuning(1, 8, 5, 3, 2, 1)],
-        4: [Tuning(4, 4, 2, 2, 2), Tuning(2, 4, 4, 2, 2)],
+        1: [Tuning(2, 8, 3, 3, 2), Tuning(1, 8, 5, 3, 2)],  # 13.7
+        2: [Tuning(2, 8, 2, 2, 2), Tuning(1, 8, 5, 3, 2, 1)],  # 17.5; (2, 8, 4, 3, 2, 1): 23.9
+        4: [Tuning(4, 8, 2, 2, 2, 1), Tuning(2, 4, 4, 2, 2)],  # 26.9; (4, 4, 2, 2, 2): 38.9
+        8: [Tuning(4, 4, 2, 2, 2, 2, 2), Tuning(2, 4, 4, 2, 2, 2, 2)],  # 43.6
+    },
+    (1, 8): {
+        1: [Tuning(2, 4, 4, 3, 4), Tuning(1, 8, 5, 3, 2)],  # 8.7; (2, 8, 3, 3, 2): 9.9
+        2: [Tuning(2, 8, 2, 2, 2), Tuning(1, 8, 5, 3, 2, 1)],  # 12.2; (2, 8, 4, 3, 2, 1): 16.6
+        4: [Tuning(4, 8, 2, 2, 2, 1), Tuning(2, 4, 4, 2, 2)],  # 15.8; (4, 4, 2, 2, 2): 21.0
+        8: [Tuning(4, 4, 2, 2, 2, 2, 2), Tuning(2, 4, 4, 2, 2, 2, 2)],  # 24.7
     },
 }
-TUNINGS[1, 8] = TUNINGS[2, 8]
 # Programs that are enough, of multiprocessors.
 ENOUGH = 0.75
 # 32-bit registers of a multiprocessor.
@@ -88,8 +100,8 @@ def nm_matmul(
     """`out[b, p] = W[b, p] @ x[b, p]` as the reference's `nm_matmul` defines it, without
     `transposed`, in bf16 or fp16; values and indices lie by fragments, indices (P, M / 16, W).
 
-    Of 2:4 an entry of x that no stored entry meets is not read: NaN there is not seen. Of the
-    others it is multiplied by 0.
+    NaN and infinity of x need not reach the rows of W that store nothing in their column: a dense
+    product multiplies them by 0, which makes NaN, sparse tensor cores leave them out.
     """
     assert not transposed, "the table chooses another kernel"
     assert order == FRAGMENTS, "the table chooses another kernel"
@@ -144,10 +156,8 @@ def launch(out: Tensor, values: Tensor, indices: Tensor, x: Tensor, n: int, m: i
     """
     rows, (columns, width) = values.shape[0], x.shape
     tiles, units = rows // TILE_ROWS, width // unit_columns(n, m)
-    words, parts = indices.shape[1], 1
+    words = indices.shape[1]
     eights = triton.next_power_of_2(triton.cdiv(columns, 8))
-    while eights not in TUNINGS[n, m]:
-        eights, parts = eights // 2, parts * 2
     tuning = _tuning(TUNINGS[n, m][eights], tiles, x.device)
     warps, height = tuning.warps, tuning.tiles
     described = {"values_desc": values, "words_desc": indices, "x_desc": x}
@@ -175,7 +185,7 @@ def launch(out: Tensor, values: Tensor, indices: Tensor, x: Tensor, n: int, m: i
             "N": columns,
             "units": units,
             "phases": triton.cdiv(units, warps),
-            "parts": parts,
+            "parts": tuning.parts,
             "stride_words_tile": words,
             "stride_out_m": out.stride(0),
             "stride_out_n": out.stride(1),
@@ -189,7 +199,7 @@ def launch(out: Tensor, values: Tensor, indices: Tensor, x: Tensor, n: int, m: i
         {"out_ptr": out, "values_ptr": values, "words_ptr": indices},
         arguments,
         constexprs | options,
-        triton.cdiv(tiles, height) * parts,
+        triton.cdiv(tiles, height) * tuning.parts,
     )
 
 
@@ -215,7 +225,7 @@ def _constants(
         "STAGES": tuning.stages,
         "X_STAGES": tuning.x_stages,
         "X_EACH": tuning.x_each,
-        "NT": eights,
+        "NT": eights // tuning.parts,
         "EARLY": EARLY,
     }
     # of the warps that bring there are four, two of which do nothing
