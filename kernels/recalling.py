@@ -14,22 +14,49 @@ from sparse_layouts.opaque import is_eager
 
 # calls that a layout remembers before it forgets them all
 MOST = 64
+# of a call that was seen, and is not settled
+ONCE = object()
 
 
 def may_recall(values: Tensor | None, x: Tensor) -> bool:
     """Whether a call with a layout of these values and a dense operand is a plain one: eager, on a
-    GPU, with addresses that kernels take and no setting that has a say.
+    GPU, of 16 bits (how float32 is read is a setting), with addresses that kernels take and no
+    setting that has a say.
     """
     if not (type(x) is Tensor and x.is_cuda and is_eager(x) and type(values) is Tensor):
         return False
     setting = current()
     return not (
-        setting.choices
+        x.dtype.itemsize != 2
+        or setting.choices
         or setting.trace is not None
         or torch.autograd.forward_ad._current_level >= 0
         or (x.data_ptr() | values.data_ptr()) % 16
         or (torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != x.dtype)
     )
+
+
+def known(
+    layout: Any, key: Any, holds: Callable[[Any], bool], settle: Callable[[], Any]
+) -> Any | None:
+    """What an earlier call with the layout settled, where it still `holds`. `settle` makes it at
+    the second such call: a layout that is made for one product never has one. None where there is
+    nothing; nothing is made while a CUDA graph is captured, which would own the memory.
+    """
+    recalled = layout._recalled
+    settled = None if recalled is None else recalled.get(key)
+    if settled is not None and settled is not ONCE and holds(settled):
+        return settled
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    if recalled is None or len(recalled) >= MOST:
+        recalled = layout._recalled = {}
+    if settled is None:
+        recalled[key] = ONCE
+        return None
+    settled = settle()
+    recalled[key] = ONCE if settled is None else settled
+    return settled
 
 
 def takes_own_route(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:

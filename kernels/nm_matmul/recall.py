@@ -19,7 +19,7 @@ from sparse_layouts.dispatch.kernel_table import KERNELS, choose
 from sparse_layouts.dispatch.routes import ROUTES, shortcut
 from sparse_layouts.kernels.launching import PackedLaunch, can_pack
 from sparse_layouts.kernels.nm_matmul import BY_FRAGMENTS, OP, facts
-from sparse_layouts.kernels.recalling import MOST, may_recall, takes_own_route
+from sparse_layouts.kernels.recalling import known, may_recall, takes_own_route
 from sparse_layouts.kernels.requirements import FRAGMENT_COLUMNS
 from sparse_layouts.nm_fragments import FRAGMENTS
 from sparse_layouts.nm_tensor import NMTensor
@@ -76,8 +76,8 @@ class Settled:
 def _recall(
     layout: NMTensor, x: Tensor, by_rows: bool, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> Any:
-    """The result of a call like an earlier one, which is settled where there was none, or
-    NotImplemented.
+    """The result of a call like earlier ones, or NotImplemented; the second such call settles what
+    the others take.
     """
     values = layout.inner_values
     if layout.order != FRAGMENTS or not may_recall(values, x):
@@ -88,17 +88,20 @@ def _recall(
     if by_rows and not x.is_contiguous():
         return NotImplemented
     key = (by_rows, function, x.shape, x.dtype, values.dtype, values.stride(), x.device)
-    known = layout._recalled
-    settled = None if known is None else known.get(key)
-    tables = (ROUTES.changes, KERNELS.changes)
-    if settled is None or settled.indices is not layout.inner_indices or settled.tables != tables:
-        fits = _fits(layout, values, x, by_rows) and takes_own_route(function, args)
+
+    def holds(settled: Settled) -> bool:
+        tables = (ROUTES.changes, KERNELS.changes)
+        return settled.indices is layout.inner_indices and settled.tables == tables
+
+    def settle() -> Settled | None:
         if torch._C._cuda_getDevice() != x.device.index:
-            return NotImplemented
-        settled = Settled(layout, x, by_rows, fits)
-        if known is None or len(known) >= MOST:
-            known = layout._recalled = {}
-        known[key] = settled
+            return None
+        fits = _fits(layout, values, x, by_rows) and takes_own_route(function, args)
+        return Settled(layout, x, by_rows, fits)
+
+    settled = known(layout, key, holds, settle)
+    if settled is None:
+        return NotImplemented
     if settled.packed is None or torch._C._cuda_getDevice() != settled.device.index:
         return NotImplemented
     return settled.multiply(values, x)
