@@ -30,7 +30,7 @@ from benchmarks import matmul_dlmc as dlmc
 from benchmarks import matmul_variants as variants
 from benchmarks.attention_preparation import default_processes, prepare_all
 from benchmarks.gpu import OURS, QUICK, Effort
-from benchmarks.matmul_cases import CASES, QUICK_CASES, SDD, TRAINING, Case
+from benchmarks.matmul_cases import CASES, QUICK_CASES, REORDERED, SDD, TRAINING, Case
 from benchmarks.matmul_preparation import command, tasks
 from benchmarks.matmul_reference import Checked, check
 from benchmarks.matmul_rows import (
@@ -161,10 +161,24 @@ def measure(case: Case, how: Run, ceilings: Ceilings, effort: Effort) -> Iterato
         turning = given.others[0].nbytes if case.kind == SDD else given.weight_bytes
         time_row(row, every, effort, how.graph and how.device == "cuda", turning)
         hold_to_bar(row, case.bar)
+        if REORDERED in every:
+            row.notes.append(gain(row, every[REORDERED].weight))
         if case.kind == TRAINING:
             notes, row.memory = memory_notes(given)
             row.notes += notes
     yield row
+
+
+def gain(row: Product, weight: sl.ReorderedTensor) -> str:
+    """What reordering brings, measured and modelled."""
+    assert row.timing is not None
+    parts = [f"eager {row.timing.median_s / row.rivals[REORDERED].median_s:.2f}x as fast"]
+    if row.graph is not None and REORDERED in row.graph_rivals:
+        parts.append(f"in graphs {row.graph.median_s / row.graph_rivals[REORDERED].median_s:.2f}x")
+    modelled = weight.gain
+    blocks = f"{modelled.blocks_after} blocks for {modelled.blocks_before}"
+    after = f"of {modelled.block_after}, fill-in {modelled.fill_in:.0%}"
+    return f"reordered: {', '.join(parts)}, modelled {modelled.speedup:.2f}x; {blocks} {after}"
 
 
 def first_line(error: Exception) -> str:

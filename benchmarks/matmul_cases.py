@@ -14,6 +14,7 @@ from torch import Tensor
 
 DENSE, BSR, CSR, TRITON = "cuBLAS dense", "torch.sparse BSR", "torch CSR", "Triton's block-sparse"
 OUR_DSD = "our dsd"
+REORDERED = "our own, reordered"
 DSD, DDS, SDD, LINEAR, TURNED = "W @ x", "x @ W", "sddmm", "F.linear(x, W)", "W.mT @ x"
 TRAINING = "F.linear and both gradients"
 ROWS, COLUMNS, STRIDED = "by rows", "by columns", "every second column of a wider one"
@@ -128,6 +129,18 @@ class Banded(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
+class Shuffled(Pattern):
+    """Another pattern, its block rows in no order."""
+
+    of: Pattern
+
+    def blocks(self, rows: int, columns: int, draw: torch.Generator) -> Tensor:
+        """The rows are drawn after the blocks."""
+        ordered = self.of.blocks(rows, columns, draw)
+        return ordered[torch.randperm(rows, generator=draw)]
+
+
+@dataclasses.dataclass(frozen=True)
 class PowerLaw(Pattern):
     """About this share of the blocks, in rows whose lengths fall as rank ** -0.8, up to the whole
     row, in no order.
@@ -236,7 +249,18 @@ CASES = (
     _variant("dsd 16 heads, batch 2", m=1024, k=1024, n=1024, heads=16, batch=2),
     _variant("dsd batch 8", n=512, batch=8),
     Case("dsd power law 10% block 64", PowerLaw(0.1), square(64), rivals=(DENSE, BSR, CSR)),
-    Case("dsd power law 10% block 16", PowerLaw(0.1), square(16), rivals=(DENSE, BSR)),
+    Case(
+        "dsd power law 10% block 16",
+        PowerLaw(0.1),
+        square(16),
+        rivals=(DENSE, BSR, REORDERED),
+    ),
+    Case(
+        "dsd shuffled banded 10% block 16",
+        Shuffled(Banded(0.1)),
+        square(16),
+        rivals=(DENSE, BSR, REORDERED),
+    ),
     Case("dsd banded 10% block 64", Banded(0.1), square(64), rivals=(DENSE, BSR)),
 )
 

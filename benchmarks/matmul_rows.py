@@ -11,12 +11,19 @@ import torch
 
 from benchmarks import report
 from benchmarks.gpu import OURS, Effort, copied_bytes, cublas_flops
-from benchmarks.matmul_cases import BSR, CSR, DENSE, OUR_DSD, TRITON, Bar
+from benchmarks.matmul_cases import BSR, CSR, DENSE, OUR_DSD, REORDERED, TRITON, Bar
 from benchmarks.matmul_variants import Variant, float32_as
 from benchmarks.timing import Row, attempt, gpu_times, graphed
 from sparse_layouts.measuring import Timing
 
-SHORT = {DENSE: "dense", BSR: "BSR", CSR: "CSR", TRITON: "Triton", OUR_DSD: "dsd"}
+SHORT = {
+    DENSE: "dense",
+    BSR: "BSR",
+    CSR: "CSR",
+    TRITON: "Triton",
+    OUR_DSD: "dsd",
+    REORDERED: "reordered",
+}
 HEAD = ("row", "density", "call", "graph", "rate", "ceiling", "against", "bar", "holds")
 # so many times the L2's bytes of weights take turns in a graph
 TIMES_L2, FEWEST_COPIES, MOST_COPIES = 3, 4, 16

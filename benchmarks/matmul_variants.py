@@ -6,6 +6,7 @@ raises is a note in the row.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -174,6 +175,13 @@ def our_dsd(case: Case, given: Operands) -> Variant:
     return Variant(lambda w: torch.matmul(w, x), given.layout)
 
 
+def reordered(case: Case, given: Operands) -> Variant:
+    """This library's product with `sl.reorder(W)`, which is made beforehand."""
+    with warnings.catch_warnings():  # where it does not pay the numbers say so
+        warnings.simplefilter("ignore", UserWarning)
+        return variant(case, given, sl.reorder(given.layout))
+
+
 def torch_bsr(case: Case, given: Operands) -> Variant:
     """torch's own BSR product."""
     return Variant(
@@ -204,6 +212,7 @@ RIVALS: dict[str, Maker] = {
     cases.CSR: torch_csr,
     cases.TRITON: triton_blocksparse,
     cases.OUR_DSD: our_dsd,
+    cases.REORDERED: reordered,
 }
 # whose result is another one: all of `a @ b`, or another product
 NOT_THE_SAME = {(cases.SDD, cases.DENSE)}

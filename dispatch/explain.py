@@ -84,7 +84,7 @@ class Explanation:
         >>> import torch, sparse_layouts as sl
         >>> w = sl.bsr(torch.eye(64), block_size=16)
         >>> sl.explain(torch.matmul, w, torch.ones(64, 2)).on_gpu((9, 0)).kernel
-        'triton'
+        'triton_few_columns'
         """
         version = triton or triton_version() or (3, 6, 0)
         ops = []

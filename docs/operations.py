@@ -28,6 +28,7 @@ MASKS: dict[str, Callable[[], Any]] = {
     "BigBirdTensor": lambda: sl.bigbird(512, block_size=64, source="hf-eval"),
     "NMTensor": lambda: sl.nm(torch.randn(128, 128), 2, 4).pattern,
     "GroupedNMTensor": lambda: sl.grouped_nm(torch.randn(128, 128), 2, 4, 4).pattern,
+    "ReorderedTensor": lambda: sl.reorder(sl.bsr(torch.eye(512), 16), 64).pattern,
     "CSRTensor": lambda: sl.csr(torch.eye(128)).pattern,
     "CSCTensor": lambda: sl.csc(torch.eye(128)).pattern,
 }

@@ -143,6 +143,11 @@ class PackedLaunch:
         self._kept = [
             a for name, a in arguments.items() if isinstance(a, Tensor) and name not in moving
         ]
+        for scratch in ("global_scratch_size", "profile_scratch_size"):
+            if getattr(compiled.metadata, scratch, 0):
+                raise RuntimeError(
+                    f"expected a kernel without scratch memory, got one with {scratch}"
+                )
         self._function = ctypes.c_void_p(compiled.function)
         self._shared = compiled.metadata.shared
         self._threads = 32 * compiled.metadata.num_warps
@@ -315,5 +320,8 @@ class Launch(NamedTuple):
 
 @functools.cache
 def can_pack() -> bool:
-    """Whether the driver tells where a kernel's parameters lie (CUDA 12.4 and newer)."""
-    return hasattr(_driver(), "cuFuncGetParamInfo")
+    """Whether a CUDA driver tells where a kernel's parameters lie, as those from 12.4 on do."""
+    try:
+        return hasattr(_driver(), "cuFuncGetParamInfo")
+    except OSError:
+        return False

@@ -15,6 +15,7 @@ from sparse_layouts.dispatch.routes import find_route
 from sparse_layouts.kernels.activations import activated, check_activation
 from sparse_layouts.kernels.products import (
     Family,
+    by_columns,
     from_the_right,
     product,
     rows_as_columns,
@@ -65,7 +66,7 @@ class LayoutLinear(torch.autograd.Function):
                 dlayout = as_layout(sampled_and_summed(family, grad, x.mT, layout), layout)
             if ctx.needs_input_grad[2]:
                 check_version(layout, ctx.version)
-                dx = product(family, transposed(layout), grad)
+                dx = product(family, transposed(layout), grad, by_columns(grad))
             if ctx.needs_input_grad[3]:
                 dbias = grad.sum(-1)
         return None, dlayout, dx, dbias, None

@@ -39,7 +39,7 @@ def register_products(layout_class: type[LayoutTensor], family: Family) -> None:
             return NotImplemented
         input, other = autocast(input, other)
         check(input, other, -2, -1, "matmul")
-        return family.uses(input, other[:, None] if other.dim() == 1 else other)
+        return family.uses(input, other[:, None] if other.dim() == 1 else other, False)
 
     @route(torch.matmul, input=layout_class, uses=uses_of_layout_dense)
     def layout_times_dense(input: Any, other: Tensor) -> Any:
@@ -57,7 +57,7 @@ def register_products(layout_class: type[LayoutTensor], family: Family) -> None:
         other, input = autocast(other, input)
         check(other, input, -1, -2, "matmul")
         flipped = transposed(other)
-        return family.uses(flipped, rows_as_columns(input, flipped))
+        return family.uses(flipped, rows_as_columns(input, flipped), True)
 
     @route(torch.matmul, other=layout_class, uses=uses_of_dense_layout)
     def dense_times_layout(input: Tensor, other: Any) -> Any:
@@ -76,7 +76,7 @@ def register_products(layout_class: type[LayoutTensor], family: Family) -> None:
         weight, input, bias = autocast(weight, input, bias)
         check(weight, input, -1, -1, "linear")
         check_bias(bias, weight.matrix_shape[0], input)
-        return family.uses(weight, rows_as_columns(input, weight))
+        return family.uses(weight, rows_as_columns(input, weight), True)
 
     @route(F.linear, weight=layout_class, uses=uses_of_linear)
     def linear(

@@ -44,7 +44,7 @@ class Family:
 
     multiply: Callable[[Any, Tensor, bool], Tensor]
     sample: Callable[[Tensor, Tensor, Any], Any]
-    uses: Callable[[Any, Tensor], list[Use]]
+    uses: Callable[[Any, Tensor, bool], list[Use]]
     uses_of_sample: Callable[[Tensor, Tensor, Any], list[Use]]
     fused: Callable[[Any, Tensor, bool, Tensor | None, str | None], Tensor] | None = None
 
@@ -79,8 +79,14 @@ class LayoutProduct(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 check_version(layout, ctx.version)
                 shape = x.shape if ctx.shape is None else ctx.shape
-                dx = product(family, transposed(layout), grad).sum_to_size(shape)
+                flipped = transposed(layout)
+                dx = product(family, flipped, grad, by_columns(grad)).sum_to_size(shape)
         return None, dlayout, dx, None
+
+
+def by_columns(x: Tensor) -> bool:
+    """Whether a matrix lies by columns, as that of `F.linear` does, and so should its product."""
+    return x.stride(-1) != 1 and x.stride(-2) == 1
 
 
 def product(

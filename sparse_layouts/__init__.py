@@ -44,6 +44,8 @@ from sparse_layouts.matrix_files import load_smtx
 from sparse_layouts.matrix_market import load_mtx
 from sparse_layouts.nm_factory import nm
 from sparse_layouts.nm_tensor import NMTensor
+from sparse_layouts.reordered_tensor import ReorderedTensor
+from sparse_layouts.reordering import reorder
 from sparse_layouts.safetensors_files import load_safetensors, save_safetensors
 from sparse_layouts.sparsified_calls import sparsified
 from sparse_layouts.sparsifiers import KeepAll, Magnitude, Random, Sparsifier, Threshold
@@ -61,6 +63,7 @@ from sparse_layouts.kernels import csr_softmax as _csr_softmax  # noqa: F401  is
 from sparse_layouts.kernels import grouped_nm as _grouped_nm  # noqa: F401  isort: skip
 from sparse_layouts.kernels import nm_matmul as _nm_matmul  # noqa: F401  isort: skip
 from sparse_layouts.kernels import nm_sddmm as _nm_sddmm  # noqa: F401  isort: skip
+from sparse_layouts.kernels import reordered_products as _reordered  # noqa: F401  isort: skip
 from sparse_layouts.kernels.block_matmul import recall as _recall  # noqa: F401  isort: skip
 from sparse_layouts.kernels.nm_matmul import recall as _nm_recall  # noqa: F401  isort: skip
 from sparse_layouts.kernels.block_attention.calls import attention  # isort: skip
@@ -103,6 +106,7 @@ __all__ = [
     "NM",
     "NMTensor",
     "Random",
+    "ReorderedTensor",
     "SamePattern",
     "Sparsifier",
     "Threshold",
@@ -129,6 +133,7 @@ __all__ = [
     "mask_from",
     "nm",
     "quantize_fp8",
+    "reorder",
     "roofline",
     "route",
     "save_safetensors",

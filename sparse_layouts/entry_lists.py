@@ -24,6 +24,7 @@ from sparse_layouts.layout_autograd import values_of
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.nm_packing import entry_columns
 from sparse_layouts.nm_tensor import NMTensor
+from sparse_layouts.reordered_tensor import ReorderedTensor
 
 
 class Entries(NamedTuple):
@@ -72,6 +73,8 @@ def entries_of(layout: LayoutTensor) -> Entries:
         return _of_nm(layout)
     if isinstance(layout, GroupedNMTensor):
         return _of_grouped_nm(layout)
+    if isinstance(layout, ReorderedTensor):
+        return _of_reordered(layout)
     return _of_any(layout)
 
 
@@ -166,6 +169,16 @@ def _of_grouped_nm(layout: GroupedNMTensor) -> Entries:
         down, across = across, down
     found = _in_row_order(down, across, slots, layout.matrix_shape)
     return Entries(*found, layout.matrix_shape)
+
+
+def _of_reordered(layout: ReorderedTensor) -> Entries:
+    stored = _of_blocks(BSRTensor.on_pattern(None, layout.block_pattern))
+    down, across = layout.inner_row_order.long()[stored.rows], stored.columns
+    if layout.axis == -1:
+        down, across = across, down
+    return Entries(
+        *_in_row_order(down, across, stored.slots, layout.matrix_shape), layout.matrix_shape
+    )
 
 
 def _of_any(layout: LayoutTensor) -> Entries:

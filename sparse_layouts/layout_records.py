@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.layout_tensor import LayoutTensor
+from sparse_layouts.reordered_tensor import ReorderedTensor
 
 RECORD = frozenset({"class", "shape", "dtype", "fields", "static"})
 FIELD = frozenset({"key", "dtype", "shape"})
@@ -94,7 +95,7 @@ def layout_from(record: Any, tensors: dict[str, Tensor], where: str) -> LayoutTe
     if inner[0] is not None and inner[0].dtype != dtype:
         _refuse(f"{where}: dtype", f"that of field {cls.fields[0]!r}, {inner[0].dtype}", dtype)
     static = _static(cls, record["static"], where)
-    if issubclass(cls, BSRTensor):
+    if issubclass(cls, (BSRTensor, ReorderedTensor)):
         _check_blocks(shape, inner[0], static["block_size"], where)
     try:
         made = cls(*inner, shape=shape, dtype=dtype, **static)
@@ -155,7 +156,7 @@ def _static(cls: type[LayoutTensor], static: Any, where: str) -> dict[str, Any]:
 def _check_blocks(
     shape: tuple[int, ...], values: Tensor | None, block_size: tuple[int, int], where: str
 ) -> None:
-    """The sizes by which a BSRTensor divides, and which one block alone takes in memory."""
+    """The sizes by which a layout of blocks divides, and which one block alone takes in memory."""
     if len(shape) < 2:
         _refuse(f"{where}: shape", "at least (M, N)", shape)
     most = SMALL_BLOCK if values is None else max(SMALL_BLOCK, values.numel())

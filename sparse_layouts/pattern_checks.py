@@ -47,11 +47,10 @@ def check_pattern(pattern: BlockPattern) -> None:
             slots.sort().values, torch.arange(nnzb, dtype=torch.int32, device=p.device)
         ):
             raise ValueError(f"{name}: expected a permutation of 0..{nnzb - 1}")
-    _, rows, position = column_lists(p.crow_indices, p.col_indices, nb)
+    ccol, rows, position = column_lists(p.crow_indices, p.col_indices, nb)
     own_slots = torch.arange(nnzb, device=p.device) if p.col_slots is None else p.col_slots.long()
-    if not torch.equal(rows, p.row_indices) or not torch.equal(
-        slots_in_row_order(p)[position.long()], own_slots
-    ):
+    same_lists = torch.equal(ccol, p.ccol_indices) and torch.equal(rows, p.row_indices)
+    if not same_lists or not torch.equal(slots_in_row_order(p)[position.long()], own_slots):
         raise ValueError("the column lists do not hold the blocks of the row lists")
     _check_tiles(p)
     if p.block_counts is not None:

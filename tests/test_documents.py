@@ -58,6 +58,7 @@ MADE: dict[str, Callable[[], Any]] = {  # a mask of each layout, and for the blo
     "BigBirdTensor": lambda: sl.bigbird(128, block_size=16, source="hf-eval"),
     "NMTensor": lambda: sl.nm(torch.randn(64, 64), 2, 4).pattern,
     "GroupedNMTensor": lambda: sl.grouped_nm(torch.randn(96, 96), 2, 4, 4).pattern,
+    "ReorderedTensor": lambda: sl.reorder(sl.bsr(torch.eye(64), 16), 16).pattern,
     "CSRTensor": lambda: sl.csr(torch.eye(64)).pattern,
     "CSCTensor": lambda: sl.csc(torch.eye(64)).pattern,
 }
@@ -191,7 +192,7 @@ def test_attention(name: str, cell: str) -> None:
 @pytest.mark.parametrize("name", [n for n, row in LAYOUTS.items() if "`" in row["bytes"]])
 def test_bytes(name: str, dtype: torch.dtype) -> None:
     w = MADE[name]() if dtype == torch.bool else with_values(name, dtype)
-    (rows, columns), on_blocks = w.shape, isinstance(w, sl.BSRTensor)
+    (rows, columns), on_blocks = w.shape, isinstance(w, (sl.BSRTensor, sl.ReorderedTensor))
     known = {
         "b": 0 if dtype == torch.bool else dtype.itemsize,
         "i": 4,

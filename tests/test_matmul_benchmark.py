@@ -225,6 +225,27 @@ def test_a_case_that_no_kernel_takes_is_left_out() -> None:
 # --- rivals ---------------------------------------------------------------------------------------
 
 
+def test_reordering_is_a_rival_and_its_gain_a_note() -> None:
+    case = Case(
+        "shuffled",
+        cases.Shuffled(cases.Banded(0.2)),
+        (16, 16),
+        m=512,
+        k=512,
+        n=8,
+        dtype=torch.float32,
+        rivals=(cases.REORDERED,),
+    )
+    kept, band = case.kept()[0], cases.Banded(0.2).blocks(32, 32, torch.Generator())
+    assert not torch.equal(kept, band)
+    assert torch.equal(kept.int().sum(0), band.int().sum(0))
+    row = row_of(case)
+    (note,) = [note for note in row.notes if note.startswith("reordered")]
+    ratio = row.timing.median_s / row.rivals[cases.REORDERED].median_s
+    assert f"eager {ratio:.2f}x as fast, modelled " in note
+    assert f" blocks for {int(band.sum())} of (" in note
+
+
 def test_a_row_against_its_rivals() -> None:
     row = row_of(dataclasses.replace(DSD, rivals=(DENSE, BSR, CSR, TRITON, OUR_DSD)))
     assert {DENSE, CSR, OUR_DSD} <= set(row.rivals)

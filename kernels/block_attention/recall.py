@@ -59,6 +59,7 @@ class Settled:
         self.head_map = heads.list_of_head(self.pattern, q.shape[1])
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
         self.strides = (q.stride(), k.stride(), v.stride(), out.stride())
+        self.shapes = (q.shape, k.shape, v.shape)
         self.forward = forward(q, k, v, out, lse, self.pattern, self.head_map, scale)
         row = choose(BACKWARD, facts(q, k, v, self.pattern, bias=False, lengths=False))
         self.prepare_backward = _prepared(row, "PreparedBackward")
@@ -86,6 +87,9 @@ class Settled:
             and is_eager(dout)
             and dout.dtype == q.dtype
             and strides == self.strides  # a hook for saved tensors may have laid them out anew
+            and (q.shape, k.shape, v.shape) == self.shapes
+            and q.dtype == k.dtype == v.dtype
+            and (self.backward is not None or not torch.cuda.is_current_stream_capturing())
             and out.stride() == self.strides[3]
             and addresses % 16 == 0
             and self.tables == (ROUTES.changes, KERNELS.changes)
@@ -163,7 +167,10 @@ def recall(
         or settled.pattern is not mask._pattern
         or settled.tables != (ROUTES.changes, KERNELS.changes)
     ):
-        settled = None if settle is None else settle()
+        # lists that are made while a graph is captured are written when it is replayed
+        if settle is None or torch.cuda.is_current_stream_capturing():
+            return NotImplemented
+        settled = settle()
         if settled is None:
             return NotImplemented
         if known is None or len(known) >= MOST:

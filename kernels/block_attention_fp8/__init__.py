@@ -26,7 +26,7 @@ from sparse_layouts.kernels.block_attention_fp8.operands import FP8Operand
 OP = "block_attention_fp8"
 _HERE = "sparse_layouts.kernels.block_attention_fp8"
 register_kernel(OP, "triton", f"{_HERE}.triton_forward:{OP}", requirements.triton_attention_fp8)
-register_kernel(OP, "dequantized", f"{_HERE}.dequantized:{OP}")
+register_kernel(OP, "dequantized", f"{_HERE}.dequantized:{OP}", requirements.dequantized_attention)
 
 
 def facts(

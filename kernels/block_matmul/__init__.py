@@ -36,8 +36,8 @@ from sparse_layouts.kernels.products import (
 OP = "block_matmul"
 _HERE = "sparse_layouts.kernels.block_matmul"
 for _name, _module, _requires in (
-    ("triton_few_columns", "triton_few_columns", requirements.triton_few_columns),
     ("hopper", "hopper_block_matmul", requirements.hopper_block_matmul),
+    ("triton_few_columns", "triton_few_columns", requirements.triton_few_columns),
     ("triton", "triton_block_matmul", requirements.triton_blocks),
     ("cpu", "cpu", requirements.cpu),
 ):
@@ -125,8 +125,20 @@ def multiply(
     """`activation(W @ x + bias)` with broadcasting over the leading dimensions, without autograd;
     bias (M,).
     """
-    values, pattern = layout.inner_values, layout.block_pattern
-    assert values is not None
+    assert layout.inner_values is not None
+    pattern = layout.block_pattern
+    return multiply_blocks(layout.inner_values, pattern, x, transposed_output, bias, activation)
+
+
+def multiply_blocks(
+    values: Tensor,
+    pattern: BlockPattern,
+    x: Tensor,
+    transposed_output: bool = False,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """The same of `values` (*batch, S, bm, bn) on a pattern."""
 
     def product_of_one(flat_values: Tensor, flat_x: Tensor) -> Tensor:
         return block_matmul_op(flat_values, pattern, flat_x, transposed_output, bias, activation)
@@ -134,12 +146,12 @@ def multiply(
     return broadcast_product(values, 3, pattern.lead, pattern.shape[0], x, product_of_one)
 
 
-def _uses(layout: BSRTensor, x: Tensor) -> list[Use]:
+def _uses(layout: BSRTensor, x: Tensor, transposed_output: bool = False) -> list[Use]:
     assert layout.inner_values is not None
     pattern = layout.block_pattern
-    own = facts(layout.inner_values, pattern, x, x.stride(-1) != 1)
+    own = facts(layout.inner_values, pattern, x, transposed_output)
     flipped = own._replace(block_size=own.block_size[::-1])
-    sampled = own._replace(columns=0)
+    sampled = own._replace(columns=0, partial=sddmm.is_partial(pattern))
     uses = [Use("forward", OP, own)]
     if torch.is_grad_enabled() and x.requires_grad:
         uses.append(Use("gradient of the dense operand", OP, flipped))
@@ -150,11 +162,11 @@ def _uses(layout: BSRTensor, x: Tensor) -> list[Use]:
 
 def _uses_of_sample(a: Tensor, b: Tensor, mask: BSRTensor) -> list[Use]:
     own = sddmm.facts(a, b, mask.block_pattern)
+    product = own._replace(columns=columns_fact(a.shape[-1]), partial=False)
+    flipped = product._replace(block_size=own.block_size[::-1])
     uses = [Use("forward", sddmm.OP, own)]
-    for name, factor in (("a", a), ("b", b)):
+    for name, factor, gradient in (("a", a, product), ("b", b, flipped)):
         if torch.is_grad_enabled() and factor.requires_grad:
-            columns = columns_fact(a.shape[-1])
-            gradient = own._replace(columns=columns, partial=False)
             uses.append(Use(f"gradient of {name}", OP, gradient))
     return uses
 

@@ -10,6 +10,7 @@ was, of which only the addresses change.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ from sparse_layouts.opaque import is_eager
 
 # calls that a layout remembers before it forgets them all
 MOST = 64
+# of a call that was seen, and is not settled
+ONCE = object()
 
 
 class Face(NamedTuple):
@@ -73,7 +76,8 @@ class Settled:
         self.pattern: BlockPattern = layout.block_pattern
         self.tables = (ROUTES.changes, KERNELS.changes)
         self.face = face
-        self.device = x.device
+        self.device, self.dtype = x.device, x.dtype
+        self.x_shape = tuple(x.shape)
         self.values_stride = values.stride()
         own = self.pattern.shape[1 if face.flips else 0]
         self.out_shape = (*x.shape[:-1], own) if face.by_rows else (own, x.shape[1])
@@ -105,13 +109,14 @@ class Settled:
         """The current CUDA stream."""
         return torch._C._cuda_getCurrentRawStream(self.device.index)
 
-    def prepare_gradients(self, layout: BSRTensor, x: Tensor, dout: Tensor) -> None:
-        """Settles the launches of the gradients, where Hopper's kernels take them."""
-        self.prepared = True
+    def prepare_gradients(self, layout: BSRTensor, x: Tensor | None, dout: Tensor) -> None:
+        """Settles the launches of the gradients, where kernels that can be settled take them."""
         values = layout.inner_values
         assert values is not None
-        self.to_x = self._product(values, dout, torch.empty_like(x), not self.face.flips, None)
-        self.to_layout = _sample_again(*self._factors(x, dout), self.pattern)
+        like = dout.new_empty(self.x_shape)
+        self.prepared = True
+        self.to_x = self._product(values, dout, like, not self.face.flips, None)
+        self.to_layout = _sample_again(*self._factors(like if x is None else x, dout), self.pattern)
 
     def _factors(self, x: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
         """The two matrices whose product the gradient to W samples."""
@@ -120,44 +125,63 @@ class Settled:
         x, dout = (t.reshape(-1, t.shape[-1]) for t in (x, dout))
         return (x.mT, dout) if self.face.flips else (dout.mT, x)
 
-    def gradient_to_x(self, layout: BSRTensor, x_like: tuple[int, ...], dout: Tensor) -> Tensor:
+    def gradient_to_x(self, layout: BSRTensor, dout: Tensor) -> Tensor:
         """`W.mT @ dout`, or what stands in its place."""
         values = layout.inner_values
         assert values is not None
-        if self.to_x is not None and self.takes(dout) and values.stride() == self.values_stride:
-            dx = dout.new_empty(x_like)
+        if self.to_x is not None and self.takes(layout, dout):
+            dx = dout.new_empty(self.x_shape)
             addresses = (values.data_ptr(), dout.data_ptr(), dx.data_ptr())
-            if not (addresses[0] | addresses[1]) % 16:
-                self.to_x(*addresses, None, self.stream())
-                return dx
+            self.to_x(*addresses, None, self.stream())
+            return dx
         flipped = layout if self.face.flips else transposed(layout)
         if self.face.by_rows:
             rows = dout.reshape(-1, dout.shape[-1])
-            return product(FAMILY, flipped, rows.mT, True).mT.reshape(x_like)
+            return product(FAMILY, flipped, rows.mT, True).mT.reshape(self.x_shape)
         return product(FAMILY, flipped, dout)
 
     def gradient_to_layout(self, layout: BSRTensor, x: Tensor, dout: Tensor) -> BSRTensor:
         """`dout @ x.mT` at the layout's blocks, or what stands in its place."""
         values = layout.inner_values
         assert values is not None
-        if self.to_layout is not None and self.takes(dout):
+        if self.to_layout is not None and self.takes(layout, dout) and self.has(x):
             a, b = (x, dout) if self.face.flips else (dout, x)
-            addresses = (a.data_ptr(), b.data_ptr())
-            if not (addresses[0] | addresses[1]) % 16:
-                made = dout.new_empty(values.shape)
-                self.to_layout(*addresses, made.data_ptr(), self.stream())
-                return layout.like_self(made)
+            made = dout.new_empty(values.shape)
+            self.to_layout(a.data_ptr(), b.data_ptr(), made.data_ptr(), self.stream())
+            return layout.like_self(made)
         a, b = self._factors(x, dout)
         return as_layout(sampled_and_summed(FAMILY, a, b, layout), layout)
 
-    def takes(self, dout: Tensor) -> bool:
-        """Whether a gradient is like the one that the launches were prepared for."""
+    def takes(self, layout: BSRTensor, dout: Tensor) -> bool:
+        """Whether a layout that was saved and a gradient are like those that launches are prepared
+        for; hooks and `.data` may have put others in their place.
+        """
+        values = layout.inner_values
         return (
-            is_eager(dout)
+            type(dout) is type(values) is Tensor
+            and is_eager(dout)
+            and layout._pattern is self.pattern
+            and values.stride() == self.values_stride
+            and dout.shape == self.out_shape
             and dout.is_contiguous()
+            and dout.dtype == values.dtype == self.dtype
+            and dout.device == values.device == self.device
+            and not (dout.data_ptr() | values.data_ptr()) % 16
             and not torch.is_grad_enabled()  # else the gradient has to be differentiable
             and self.tables == (ROUTES.changes, KERNELS.changes)
             and torch._C._cuda_getDevice() == self.device.index
+        )
+
+    def has(self, x: Tensor) -> bool:
+        """Whether an x that was saved is like the one of the forward pass, its rows in one."""
+        rows = math.prod(self.x_shape[:-1])
+        return (
+            is_eager(x)
+            and x.shape == (rows, self.x_shape[-1])
+            and x.is_contiguous()
+            and x.dtype == self.dtype
+            and x.device == self.device
+            and not x.data_ptr() % 16
         )
 
 
@@ -179,10 +203,12 @@ class SettledProduct(torch.autograd.Function):
         ctx: Any, layout: BSRTensor, x: Tensor, bias: Tensor | None, settled: Settled
     ) -> Tensor:
         out = _multiply(layout, x, bias, settled)
-        # the gradient to a frozen layout is all that reads x
-        ctx.save_for_backward(layout, x if ctx.needs_input_grad[0] else None)
-        ctx.settled, ctx.shape = settled, x.shape
-        ctx.settings, ctx.version = current(), version_of(layout)
+        saved = None
+        if ctx.needs_input_grad[0]:  # the gradient to a frozen layout is all that reads x
+            # as the usual way saves it: activation checkpointing may recompute one by the other
+            saved = x.flatten(0, -2).mT if settled.face.by_rows else x
+        ctx.save_for_backward(layout, saved)
+        ctx.settled, ctx.settings, ctx.version = settled, current(), version_of(layout)
         return out
 
     @staticmethod
@@ -190,19 +216,27 @@ class SettledProduct(torch.autograd.Function):
         layout, x = ctx.saved_tensors
         settled: Settled = ctx.settled
         settings: Settings = ctx.settings
-        if not settled.prepared and dout.is_contiguous():
-            like = dout.new_empty(ctx.shape) if x is None else x
-            settled.prepare_gradients(layout, like, dout)
+        if x is not None and settled.face.by_rows:
+            x = x.mT
         dlayout = dx = dbias = None
         with restored(settings):
+            if not settled.prepared and settled.takes(layout, dout) and not _is_capturing():
+                settled.prepare_gradients(layout, x if x is None or settled.has(x) else None, dout)
             if ctx.needs_input_grad[0]:
                 dlayout = settled.gradient_to_layout(layout, x, dout)
             if ctx.needs_input_grad[1]:
                 check_version(layout, ctx.version)
-                dx = settled.gradient_to_x(layout, ctx.shape, dout)
+                dx = settled.gradient_to_x(layout, dout)
             if ctx.needs_input_grad[2]:
                 dbias = dout.flatten(0, -2).sum(0)
         return dlayout, dx, dbias, None
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is captured: lists that are made then are written when it is replayed,
+    and a launch that is settled would keep them.
+    """
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _multiply(layout: BSRTensor, x: Tensor, bias: Tensor | None, settled: Settled) -> Tensor:
@@ -225,12 +259,28 @@ def _undisturbed(x: Tensor) -> bool:
     )
 
 
-def _remember(layout: BSRTensor, key: Any, settled: Any) -> None:
-    """Keeps what a call settled with the layout."""
+def _known(layout: BSRTensor, key: Any, settle: Callable[[], Any]) -> Any:
+    """What an earlier call settled, which `settle` makes at the second such call: a layout that is
+    made for one product never has one. None where there is nothing.
+    """
     known = layout._recalled
+    settled = None if known is None else known.get(key)
+    if (
+        isinstance(settled, (Settled, SettledSample))
+        and settled.pattern is layout._pattern
+        and settled.tables == (ROUTES.changes, KERNELS.changes)
+    ):
+        return settled
+    if _is_capturing():
+        return None
     if known is None or len(known) >= MOST:
         known = layout._recalled = {}
-    known[key] = settled
+    if settled is None:
+        known[key] = ONCE
+        return None
+    settled = settle()
+    known[key] = ONCE if settled is None else settled
+    return settled
 
 
 def _recall(
@@ -247,20 +297,17 @@ def _recall(
     values = layout.inner_values
     if not (type(x) is Tensor and x.is_cuda and is_eager(x) and type(values) is Tensor):
         return NotImplemented
+    if x.dtype.itemsize != 2:  # how float32 is read is a setting
+        return NotImplemented
     if (x.data_ptr() | values.data_ptr()) % 16 or not x.is_contiguous() or not _undisturbed(x):
+        return NotImplemented
+    if bias is not None and bias.data_ptr() % 16:
         return NotImplemented
     of_bias = None if bias is None else (bias.shape, bias.dtype, bias.device, bias.stride())
     key = (face, function, x.shape, x.dtype, values.dtype, values.stride(), x.device, of_bias)
-    settled = None if layout._recalled is None else layout._recalled.get(key)
-    if (
-        settled is None
-        or settled.pattern is not layout._pattern
-        or settled.tables != (ROUTES.changes, KERNELS.changes)
-    ):
-        settled = _settle(layout, x, face, function, args, bias)
-        if settled is None:
-            return NotImplemented
-        _remember(layout, key, settled)
+    settled = _known(layout, key, lambda: _settle(layout, x, face, function, args, bias))
+    if settled is None:
+        return NotImplemented
     if settled.forward is None or torch._C._cuda_getDevice() != settled.device.index:
         return NotImplemented
     if torch.is_grad_enabled() and (
@@ -332,8 +379,7 @@ def recall_linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     bias = rest[0] if rest else None
     if type(x) is not Tensor or not isinstance(weight, BSRTensor):
         return NotImplemented
-    plain = bias is None or type(bias) in (Tensor, torch.nn.Parameter)
-    if not plain or (bias is not None and bias.data_ptr() % 16):  # the alignment is settled
+    if bias is not None and type(bias) not in (Tensor, torch.nn.Parameter):
         return NotImplemented
     return _recall(weight, x, LINEAR, F.linear, args, bias)
 
@@ -348,6 +394,23 @@ class SettledSample:
         self.index = a.device.index
 
 
+def _settle_sample(a: Tensor, b: Tensor, mask: BSRTensor) -> SettledSample | None:
+    """What sampled products like this one share, of matrices that fit."""
+    p = mask.block_pattern
+    sizes = (a.dim(), b.dim(), *a.shape, *b.shape)
+    if sizes != (2, 2, p.shape[0], a.shape[-1], a.shape[-1], p.shape[1]):
+        return None
+    if p.lead or p.head_map is not None or 0 in (*sizes, p.num_blocks):
+        return None
+    if a.dtype != b.dtype or not (a.device == b.device == p.device):
+        return None
+    if torch._C._cuda_getDevice() != a.device.index:
+        return None
+    if not _is_own(torch.sparse.sampled_addmm, (mask, a, b)):
+        return None
+    return SettledSample(a, b, mask)
+
+
 def recall_sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call of `sl.sddmm`, without gradients, as it comes to torch's function."""
     if len(args) != 3 or kwargs.keys() != {"beta"} or kwargs["beta"] != 0:
@@ -359,27 +422,12 @@ def recall_sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return NotImplemented
+    if a.dtype.itemsize != 2:
+        return NotImplemented
     key = ("sddmm", a.shape, b.shape, a.stride(), b.stride(), a.dtype, b.dtype, a.device, b.device)
-    settled = None if mask._recalled is None else mask._recalled.get(key)
-    if (
-        settled is None
-        or settled.pattern is not mask._pattern
-        or settled.tables != (ROUTES.changes, KERNELS.changes)
-    ):
-        p = mask.block_pattern
-        sizes = (a.dim(), b.dim(), *a.shape, *b.shape)
-        if sizes != (2, 2, p.shape[0], a.shape[-1], a.shape[-1], p.shape[1]):
-            return NotImplemented
-        if p.lead or p.head_map is not None or 0 in (*sizes, p.num_blocks):
-            return NotImplemented
-        if a.dtype != b.dtype or not (a.device == b.device == p.device):
-            return NotImplemented
-        if torch._C._cuda_getDevice() != a.device.index:
-            return NotImplemented
-        if not _is_own(torch.sparse.sampled_addmm, (mask, a, b)):
-            return NotImplemented
-        settled = SettledSample(a, b, mask)
-        _remember(mask, key, settled)
+    settled = _known(mask, key, lambda: _settle_sample(a, b, mask))
+    if settled is None:
+        return NotImplemented
     if settled.launch is None or torch._C._cuda_getDevice() != settled.index:
         return NotImplemented
     values = a.new_empty(mask.block_pattern.num_blocks, *mask.block_size)

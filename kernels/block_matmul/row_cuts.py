@@ -92,5 +92,6 @@ def row_counters(pattern: BlockPattern, size: int) -> Tensor:
     if stream not in kept.by_stream:
         kept.by_stream[stream] = zeros(size)
         if not kept.free and not kept.captured:
-            kept.free.extend(zeros(GRAPHS, size).unbind())
+            # each begins at 16 bytes, as launches were packed for
+            kept.free.extend(zeros(GRAPHS, -(-size // 4) * 4)[:, :size].unbind())
     return kept.by_stream[stream]

@@ -130,7 +130,7 @@ def _facts_with(
     return facts(values, columns, entries, layout.compressed_shape, transposed)
 
 
-def _uses(layout: CompressedTensor, x: Tensor) -> list[Use]:
+def _uses(layout: CompressedTensor, x: Tensor, transposed_output: bool = False) -> list[Use]:
     assert layout.inner_values is not None
     own = _facts_with(layout, layout.inner_values, x.shape[-1])
     uses = [Use("forward", OP, own)]

@@ -151,7 +151,7 @@ def sample(a: Tensor, b: Tensor, mask: GroupedNMTensor) -> GroupedNMTensor:
     return mask.like_self(values.view(*outer, *values.shape[1:]))
 
 
-def _uses(layout: GroupedNMTensor, x: Tensor) -> list[Use]:
+def _uses(layout: GroupedNMTensor, x: Tensor, transposed_output: bool = False) -> list[Use]:
     assert layout.inner_values is not None
     own = facts(layout.inner_values, layout.n, layout.m)
     uses = [Use("forward", OP, own)]

@@ -173,7 +173,7 @@ def multiply(layout: NMTensor, x: Tensor, transposed_output: bool = False) -> Te
     return broadcast_product(values, len(lead) + 2, lead, rows, x, product_of_one)
 
 
-def _uses(layout: NMTensor, x: Tensor) -> list[Use]:
+def _uses(layout: NMTensor, x: Tensor, transposed_output: bool = False) -> list[Use]:
     values = layout.inner_values
     assert values is not None
     matrix = (layout.rows, layout.columns)

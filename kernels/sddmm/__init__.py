@@ -41,13 +41,18 @@ register_kernel(OP, "cpu", "sparse_layouts.kernels.sddmm.cpu:sddmm", requirement
 
 def facts(a: Tensor, b: Tensor, pattern: BlockPattern) -> Facts:
     """What the choice of a kernel depends on."""
-    (m, n), (bm, bn) = pattern.shape, pattern.block_size
     return facts_of(
         a,
         block_size=pattern.block_size,
         tma=capability_of(a.device) == (9, 0) and tma_readable(a) and tma_readable(b),
-        partial=pattern.tiles is not None or m % bm != 0 or n % bn != 0,
+        partial=is_partial(pattern),
     )
+
+
+def is_partial(pattern: BlockPattern) -> bool:
+    """Whether there may be blocks that are stored in part, or reach over the matrix's edge."""
+    (m, n), (bm, bn) = pattern.shape, pattern.block_size
+    return pattern.tiles is not None or m % bm != 0 or n % bn != 0
 
 
 def _launch(a: Tensor, b: Tensor, pattern: BlockPattern) -> Tensor:
@@ -66,7 +71,11 @@ def sample(a: Tensor, b: Tensor, mask: BSRTensor) -> BSRTensor:
     """`a @ b` at the mask's entries, without autograd; the dimensions before the mask's own are the
     batch.
     """
-    pattern = expand_heads(mask.block_pattern)
+    return mask.like_self(sampled_blocks(a, b, expand_heads(mask.block_pattern)))
+
+
+def sampled_blocks(a: Tensor, b: Tensor, pattern: BlockPattern) -> Tensor:
+    """The values (*batch, S, bm, bn) of `a @ b` on a pattern without a head map."""
     outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     width = len(pattern.lead)
     if width:
@@ -78,8 +87,7 @@ def sample(a: Tensor, b: Tensor, mask: BSRTensor) -> BSRTensor:
         return t.reshape(math.prod(batch), pattern.num_patterns, *t.shape[-2:])
 
     values = sddmm_op(flat(a), flat(b), pattern)
-    values = values.view(*batch, *values.shape[1:])
-    return mask.like_self(values)
+    return values.view(*batch, *values.shape[1:])
 
 
 def sddmm(a: Tensor, b: Tensor, mask: L) -> L:

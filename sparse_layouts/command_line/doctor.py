@@ -274,6 +274,7 @@ WEIGHTS: dict[str, Callable[[torch.Tensor], sl.LayoutTensor]] = {
     "BSRTensor": lambda x: sl.bsr(x, 16, keep=sl.Magnitude(0.25)),
     "NMTensor": lambda x: sl.nm(x, 2, 4),
     "GroupedNMTensor": lambda x: sl.grouped_nm(x, 2, 4, 4),
+    "ReorderedTensor": lambda x: sl.reorder(sl.bsr(x, 16, keep=sl.Magnitude(0.25)), 64),
     "CSRTensor": lambda x: sl.csr(x, keep=sl.Magnitude(0.1)),
     "CSCTensor": lambda x: sl.csc(x, keep=sl.Magnitude(0.1)),
 }

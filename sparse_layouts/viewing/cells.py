@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sparse_layouts.block_pattern import BlockPattern, tile_table
+from sparse_layouts.block_pattern import BlockPattern, tile_table, transpose_pattern
 from sparse_layouts.block_values import block_entries, special_blocks
 from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.compressed_tensor import CompressedTensor
@@ -20,6 +20,7 @@ from sparse_layouts.grouped_nm_tensor import GroupedNMTensor
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.nm_packing import stored_places, words_per_row
 from sparse_layouts.nm_tensor import NMTensor
+from sparse_layouts.reordered_tensor import ReorderedTensor
 from sparse_layouts.viewing.head_names import head_names
 
 MAX_CELLS = 64
@@ -86,6 +87,8 @@ def cells_of(layout: LayoutTensor, max_panels: int, max_cells: int = MAX_CELLS) 
         return _of_groups(layout, max_panels, max_cells)
     if isinstance(layout, GroupedNMTensor):
         return _of_grouped_rows(layout, max_cells)
+    if isinstance(layout, ReorderedTensor):
+        return _of_reordered(layout, max_panels, max_cells)
     return _of_dense(layout, max_panels, max_cells)
 
 
@@ -137,6 +140,15 @@ def _of_blocks(p: BlockPattern, max_panels: int, max_cells: int) -> Cells:
     ]
     note = _read_in_part(rows_read, group[0], "block rows")
     return Cells(panels, left_out, group, "block", note)
+
+
+def _of_reordered(layout: ReorderedTensor, max_panels: int, max_cells: int) -> Cells:
+    p, lines = layout.block_pattern, "rows"
+    if layout.axis == -1:
+        p, lines = transpose_pattern(p), "columns"
+    found = _of_blocks(p, max_panels, max_cells)
+    stored = f"{lines} in the order in which they are stored"
+    return found._replace(note=f"{stored}; {found.note}" if found.note else stored)
 
 
 def _read_in_part(rows_read: int, rows: int, what: str) -> str:

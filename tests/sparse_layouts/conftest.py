@@ -184,6 +184,30 @@ NM_MASKS: dict[str, Make] = {
 }
 
 
+def reordered(height: int = 12, block: tuple[int, int] = (4, 8)) -> sl.ReorderedTensor:
+    """Half of the blocks (4, 8) of a matrix (24, 40), or of smaller ones, in taller blocks."""
+    return sl.reorder(sl.bsr(dense_blocks(block=block), block), height)
+
+
+REORDERED_VALUES: dict[str, Make] = {
+    "matrix": reordered,
+    "single-rows": lambda: reordered(16, (1, 4)),
+    "ragged": lambda: sl.reorder(on_mask(sl.mask_from(torch.rand(21, 30) < 0.3, (4, 8))), 8),
+    "transposed": lambda: reordered().mT,
+    "batch": lambda: on_mask(reordered().pattern, 2),
+    "no-block": lambda: sl.reorder(sl.bsr(torch.zeros(24, 40, dtype=F64), (4, 8)), 8),
+    "all-stored": lambda: sl.reorder(sl.bsr(dense_blocks(keep=1.0), (4, 8)), 8),
+    "no-sample": lambda: on_mask(reordered().pattern, 0),
+    "no-row": lambda: sl.reorder(sl.bsr(torch.zeros(0, 40, dtype=F64), (4, 8)), 8),
+    "no-column": lambda: sl.reorder(sl.bsr(torch.zeros(24, 0, dtype=F64), (4, 8)), 8),
+}
+REORDERED_MASKS: dict[str, Make] = {
+    "matrix": lambda: reordered().pattern,
+    "ragged": lambda: REORDERED_VALUES["ragged"]().pattern,
+    "transposed": lambda: reordered().pattern.mT,
+}
+
+
 def dense_entries(density: float = 0.4) -> Tensor:
     """float64 (24, 40), about so many of its entries not zero, one row and one column empty."""
     dense = torch.randn(24, 40, dtype=F64) * (torch.rand(24, 40) < density)
@@ -229,6 +253,7 @@ EXAMPLES: dict[type, tuple[dict[str, Make], dict[str, Make]]] = {
     sl.GroupedNMTensor: (GROUPED_NM_VALUES, GROUPED_NM_MASKS),
     sl.NMTensor: (NM_VALUES, NM_MASKS),
     sl.BigBirdTensor: (BIG_BIRD_VALUES, BIG_BIRD_MASKS),
+    sl.ReorderedTensor: (REORDERED_VALUES, REORDERED_MASKS),
     sl.CSRTensor: (compressed_values(sl.csr), compressed_masks(sl.csr)),
     sl.CSCTensor: (compressed_values(sl.csc), compressed_masks(sl.csc)),
 }
