@@ -18,22 +18,33 @@ MOST = 64
 ONCE = object()
 
 
+def is_undisturbed(x: Tensor) -> bool:
+    """Whether nothing is set under which calls differ from each other."""
+    setting = current()
+    return not (
+        setting.choices
+        or setting.trace is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or (torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != x.dtype)
+    )
+
+
 def may_recall(values: Tensor | None, x: Tensor) -> bool:
     """Whether a call with a layout of these values and a dense operand is a plain one: eager, on a
-    GPU, of 16 bits (how float32 is read is a setting), with addresses that kernels take and no
-    setting that has a say.
+    GPU, of 16 bits (how float32 is read is a setting), with addresses that kernels take.
     """
     if not (type(x) is Tensor and x.is_cuda and is_eager(x) and type(values) is Tensor):
         return False
-    setting = current()
-    return not (
-        x.dtype.itemsize != 2
-        or setting.choices
-        or setting.trace is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or (x.data_ptr() | values.data_ptr()) % 16
-        or (torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != x.dtype)
-    )
+    if x.dtype.itemsize != 2 or (x.data_ptr() | values.data_ptr()) % 16:
+        return False
+    return is_undisturbed(x)
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is captured: lists that are made then are written when it is replayed,
+    and a launch that is settled would keep them.
+    """
+    return torch.cuda.is_current_stream_capturing()
 
 
 def known(
@@ -41,13 +52,13 @@ def known(
 ) -> Any | None:
     """What an earlier call with the layout settled, where it still `holds`. `settle` makes it at
     the second such call: a layout that is made for one product never has one. None where there is
-    nothing; nothing is made while a CUDA graph is captured, which would own the memory.
+    nothing, and nothing is made while a CUDA graph is captured.
     """
     recalled = layout._recalled
     settled = None if recalled is None else recalled.get(key)
     if settled is not None and settled is not ONCE and holds(settled):
         return settled
-    if torch.cuda.is_current_stream_capturing():
+    if is_capturing():
         return None
     if recalled is None or len(recalled) >= MOST:
         recalled = layout._recalled = {}

@@ -5,7 +5,7 @@ A call under `sl.kernel_choice` takes the usual way, and the same kernel: equal 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -60,11 +60,11 @@ class Layout:
 
 
 @pytest.fixture
-def capturing(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+def capturing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether a CUDA graph is said to be captured."""
     answer = [False]
     monkeypatch.setattr(recalling.torch.cuda, "is_current_stream_capturing", lambda: answer[0])
-    yield answer
+    return answer
 
 
 def test_the_second_call_settles(capturing: list[bool]) -> None:
