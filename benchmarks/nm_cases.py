@@ -1,4 +1,4 @@
-"""The rows of n:m products: ratios, sizes, rivals, bars, operands, and whether a result is right."""
+"""The rows of n:m products: ratios, sizes, rivals, bars, operands, whether a result is right."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ MANY = 4096  # rows of x of a product that arithmetic bounds
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`F.linear(x, W)`: W (size, size) of which n of every m entries of a row are stored, prepacked,
-    x (batch, size).
+    """`F.linear(x, W)`: W (size, size), n of every m entries of a row stored, prepacked; x (batch,
+    size).
     """
 
     n: int
