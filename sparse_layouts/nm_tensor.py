@@ -189,6 +189,9 @@ class NMTensor(LayoutTensor):
         That of fragments for few columns of 2:4, 1:4, 2:8 and 1:8 in float16 and bfloat16 on a GPU
         of compute capability 9.0 (`sl.explain` tells), of matrices whose rows 16 and whose columns
         64 (2:4), 128 (1:4, 2:8) or 256 (1:8) divides; else row by row.
+
+        A product leaves out what no stored entry meets: NaN of the dense operand need not reach rows
+        that store nothing in its column.
         """
         values = self.inner_values
         if values is None:
