@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import attention, bigbird, cpu, gpu_layouts, layouts, matmul, report
+from benchmarks import attention, bigbird, cpu, gpu_layouts, layouts, matmul, nm, report
 from benchmarks.timing import Row, selected
 from sparse_layouts import info
 
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with_cpu = options.device != "cuda"
     known = [*cpu.NAMES, *layouts.NAMES, *bigbird.NAMES] if with_cpu else []
     if with_gpu:
-        known += [*matmul.names(options.quick), *gpu_layouts.NAMES]
+        known += [*matmul.names(options.quick), *nm.names(options.quick), *gpu_layouts.NAMES]
         known += attention.names(options.quick)
     if options.list:
         print("\n".join(known))
@@ -101,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         deadline = begin + 60 * options.minutes
         products = matmul.Run(tell=tell, deadline=deadline, quick=options.quick)
         rows += matmul.run(options.only, products)
+        rows += nm.run(options.only, nm.Run(tell=tell, deadline=deadline, quick=options.quick))
         rows += gpu_layouts.run(options.only, options.quick, tell, deadline)
         run = attention.Run(tell=tell, deadline=deadline, quick=options.quick)
         rows += attention.run(options.only, run)

@@ -29,7 +29,8 @@ class Facts(NamedTuple):
     operand of a product, rounded up to a power of two, so that lengths do not make new choices),
     `transposed` (whether an n:m or CSR product is one with the transpose of what is stored),
     `row_entries` (of a CSR product, the mean of a row, rounded up to a power of two), `divisor`
-    (the largest power of two up to 64 that divides both sizes of the layout's matrix).
+    (the largest power of two up to 64 that divides both sizes of the layout's matrix), `order` (how
+    the entries of an n:m layout lie) and `fragments` (whether its sizes have that order).
     `cusparselt`: whether torch has that library, False off CUDA. `deterministic`: whether
     `torch.use_deterministic_algorithms` is set, told only by ops that have a kernel without that
     promise. Of attention: whether there is a `bias`, whether its operands are sequences of several
@@ -54,6 +55,8 @@ class Facts(NamedTuple):
     cusparselt: bool = False
     row_entries: int = 0
     deterministic: bool = False
+    order: str = ""
+    fragments: bool = False
     bias: bool = False
     lengths: bool = False
     tma: bool = False

@@ -70,7 +70,7 @@ class RouteTable:
     def __init__(self) -> None:
         self.rows: dict[Function, list[Route]] = {}
         self.found: dict[Any, Route | None] = {}
-        self.shortcuts: dict[Function, Callable[..., Any]] = {}
+        self.shortcuts: dict[Function, list[Callable[..., Any]]] = {}
         self.changes = 0  # what was decided before a change may be wrong after it
 
 
@@ -79,14 +79,14 @@ ROUTES = RouteTable()
 
 def shortcut(function: Function) -> Callable[[F], F]:
     """Registers the decorated `shortcut(args, kwargs)` as what is tried first, before a call of
-    `function` is read and its route found, in eager mode.
+    `function` is read and its route found, in eager mode, after those that were registered before.
 
     It returns `NotImplemented` unless it is sure which route the call would take, and that
     :attr:`RouteTable.changes` is what it was then.
     """
 
     def register(handler: F) -> F:
-        ROUTES.shortcuts[function] = handler
+        ROUTES.shortcuts.setdefault(function, []).append(handler)
         return handler
 
     return register

@@ -22,11 +22,36 @@ _CODES = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f", "f32
 _MAP_BYTES = 128
 # names from the CUDA driver's header, cuda.h
 _PARAMETER_BUFFER, _PARAMETER_BUFFER_SIZE, _PARAMETERS_END = 1, 2, 0
-_MAP_DTYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
+_MAP_DTYPES = {torch.int32: 3, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 _MAP_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _MAP_PROMOTION_128 = 2
+_MAY_BEGIN_EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 # addresses that a described tensor may have before older ones are forgotten
 _MAPS_KEPT = 64
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, of a kind whose value is a number."""
+
+    _fields_ = (
+        ("id", ctypes.c_int),
+        ("padding", ctypes.c_char * 4),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    )
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("number", ctypes.c_uint),
+    )
 
 
 @functools.cache
@@ -35,6 +60,7 @@ def _driver() -> Any:
     library = ctypes.CDLL("libcuda.so.1")
     pointer, unsigned = ctypes.c_void_p, ctypes.c_uint
     library.cuLaunchKernel.argtypes = [pointer, *[unsigned] * 7, *[pointer] * 3]
+    library.cuLaunchKernelEx.argtypes = [ctypes.POINTER(_Config), *[pointer] * 3]
     library.cuTensorMapEncodeTiled.argtypes = [
         pointer,
         ctypes.c_int,
@@ -125,6 +151,8 @@ class PackedLaunch:
         self._function = ctypes.c_void_p(compiled.function)
         self._shared = compiled.metadata.shared
         self._threads = 32 * compiled.metadata.num_warps
+        # launched so, a kernel may begin while the one before it ends
+        self._early = _Attribute(_MAY_BEGIN_EARLY, b"", 1) if options.get("launch_pdl") else None
         places = self._places()
         size = places[-1][0] + places[-1][1]
         self._buffer = ctypes.create_string_buffer(size)
@@ -206,6 +234,9 @@ class PackedLaunch:
 
     def launch(self, programs: int, stream: int) -> None:
         """Launches on a CUDA stream of the current device."""
+        if self._early is not None:
+            self._launch_early(self._early, programs, stream)
+            return
         status = self._launch(
             self._function,
             programs,
@@ -221,6 +252,13 @@ class PackedLaunch:
         )
         if status != 0:
             _checked("cuLaunchKernel", status)
+
+    def _launch_early(self, early: _Attribute, programs: int, stream: int) -> None:
+        grid, block, attributes = (programs, 1, 1), (self._threads, 1, 1), ctypes.pointer(early)
+        config = _Config(grid, block, self._shared, stream, attributes, 1)
+        status = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, None, self._extra)
+        if status != 0:
+            _checked("cuLaunchKernelEx", status)
 
 
 # launches that are remembered before all are forgotten

@@ -4,9 +4,13 @@ neither Triton nor a GPU.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 from sparse_layouts.dispatch import Facts
+from sparse_layouts.nm_fragments import AXES, FRAGMENTS, unit_columns
 
 TRITON_OLDEST = (3, 6)
 MAX_HEAD_DIM = 256
@@ -310,6 +314,63 @@ def triton_expand_nm(facts: Facts) -> str | None:
             f"dense operand, not {facts.columns}"
         )
     return triton_floats(facts)
+
+
+# Columns of the dense operand up to which a product by fragments reads the matrix once.
+FRAGMENT_COLUMNS = 64
+
+
+def nm_by_fragments(facts: Facts) -> str | None:
+    """2:4, 1:4, 2:8 and 1:8 in fp16 or bf16, prepacked, few columns, on a GPU of compute capability
+    9.0.
+    """
+    ratios = [f"{n}:{m}" for n, m in AXES]
+    if facts.n_of_m not in AXES:
+        given = ":".join(map(str, facts.n_of_m))
+        return f"takes {', '.join(ratios[:-1])} and {ratios[-1]}, not {given}"
+    reason = triton(facts)
+    if reason is not None:
+        return reason
+    if facts.capability != (9, 0):
+        found = ".".join(map(str, facts.capability))
+        return f"is for compute capability 9.0 (H100, H200), found {found}"
+    if facts.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {facts.dtype}"
+    if facts.transposed:
+        return "takes the stored matrix, not its transpose"
+    if facts.columns > FRAGMENT_COLUMNS:
+        return f"takes up to {FRAGMENT_COLUMNS} columns of the dense operand, not {facts.columns}"
+    if not facts.fragments:
+        return (
+            f"takes matrices whose rows 16 and whose columns {unit_columns(*facts.n_of_m)} divides"
+        )
+    if facts.order != FRAGMENTS:
+        return "takes entries in the order of fragments: call w.prepack() once"
+    return None
+
+
+def expand_fragments(facts: Facts) -> str | None:
+    """As `triton`, of 2:4, 1:4, 2:8 and 1:8 in fp16 or bf16, prepacked."""
+    if facts.order != FRAGMENTS:
+        return "takes entries in the order of fragments"
+    if facts.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {facts.dtype}"
+    return triton(facts)
+
+
+Requires = Callable[[Facts], "str | None"]
+
+
+def row_by_row(requires: Requires) -> Requires:
+    """As `requires`, for n:m entries that lie row by row."""
+
+    @functools.wraps(requires)
+    def also(facts: Facts) -> str | None:
+        if facts.order == FRAGMENTS:
+            return "takes entries that lie row by row, not by fragments"
+        return requires(facts)
+
+    return also
 
 
 # Bytes of a row of x up to which MKL's product of a CSR matrix is the fastest: 64 columns in fp32,

@@ -65,6 +65,7 @@ from sparse_layouts.kernels import nm_matmul as _nm_matmul  # noqa: F401  isort:
 from sparse_layouts.kernels import nm_sddmm as _nm_sddmm  # noqa: F401  isort: skip
 from sparse_layouts.kernels import reordered_products as _reordered  # noqa: F401  isort: skip
 from sparse_layouts.kernels.block_matmul import recall as _recall  # noqa: F401  isort: skip
+from sparse_layouts.kernels.nm_matmul import recall as _nm_recall  # noqa: F401  isort: skip
 from sparse_layouts.kernels.block_attention.calls import attention  # isort: skip
 from sparse_layouts.kernels.block_attention_fp8.operands import (  # isort: skip
     FP8Operand,

@@ -18,7 +18,7 @@ from sparse_layouts.csr_tensor import CSCTensor, CSRTensor
 from sparse_layouts.dense_blocks import pattern_from_dense
 from sparse_layouts.dense_rows import dense_source, nonzero_blocks
 from sparse_layouts.dispatch import dense_bytes, facts_of, permit, record, route
-from sparse_layouts.layout_autograd import sampled, values_of, with_values
+from sparse_layouts.layout_autograd import aligned, sampled, values_of, with_values
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.mask_factories import Device
 from sparse_layouts.matrix_sources import is_scipy
@@ -215,6 +215,7 @@ def sparse_mask_of_layout(input: LayoutTensor, mask: LayoutTensor) -> LayoutTens
     dense inside.
     """
     if input.stored_values is not None and input.same_pattern(mask):
+        input = aligned(input, mask)
         return with_values(input, values_of(input).clone())
     kind = type(input).__name__
     what = f"sparse_mask of a {kind} has no kernel; sampling its dense form."

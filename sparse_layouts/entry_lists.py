@@ -80,7 +80,7 @@ def entries_of(layout: LayoutTensor) -> Entries:
 
 def picked(layout: LayoutTensor, entries: Entries) -> Tensor:
     """(*batch, S): the values of a layout at its :func:`entries_of`, differentiable."""
-    values = values_of(layout)
+    values = layout.values() if isinstance(layout, NMTensor) else values_of(layout)
     batch = values.shape[: layout.dim() - layout.pattern_dims]
     flat = values.reshape(*batch, math.prod(values.shape[len(batch) :]))
     return flat if entries.slots is None else flat.index_select(-1, entries.slots)
@@ -146,7 +146,7 @@ def _of_blocks(layout: BSRTensor) -> Entries:
 
 
 def _of_nm(layout: NMTensor) -> Entries:
-    along = entry_columns(layout.inner_indices, layout.n, layout.m, layout.columns)  # (P, M, E)
+    along = entry_columns(layout.row_indices(), layout.n, layout.m, layout.columns)  # (P, M, E)
     patterns, rows, entries = along.shape
     device = along.device
     if layout.axis == -1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -48,9 +49,39 @@ def as_layout(grad: Tensor, like: L) -> L:
     """A gradient to a layout, in that layout: what is dense or of another pattern is sampled."""
     if isinstance(grad, LayoutTensor):
         if grad.same_pattern(like):
-            return cast(L, grad)
+            return cast(L, aligned(grad, like))
         grad = grad.to_dense_entries()
     return like.sample(grad)
+
+
+class Reordered(torch.autograd.Function):
+    """A layout with its values in another order, by `move`; the gradient in the order it had."""
+
+    @staticmethod
+    def forward(layout: LayoutTensor, move: Callable[[Any], Any]) -> LayoutTensor:
+        return move(layout)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(for_pattern(inputs[0]), for_pattern(output))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        before, after = map(unwrapped, ctx.saved_tensors)
+        return aligned(as_layout(grad, after), before), None
+
+
+def reordered(layout: L, move: Callable[[L], L]) -> L:
+    """`move(layout)`, which changes the order of its values alone, differentiable."""
+    return apply(Reordered, layout, move) if differentiates(layout) else move(layout)
+
+
+def aligned(layout: L, like: LayoutTensor) -> L:
+    """The layout with its values in the order of `like`'s, differentiable."""
+    one_order = type(layout).in_order_of is LayoutTensor.in_order_of
+    if one_order or layout.static() == like.static():
+        return layout
+    return reordered(layout, lambda moved: moved.in_order_of(like))
 
 
 class Version(NamedTuple):

@@ -15,7 +15,14 @@ from torch import Tensor
 from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.dispatch import Use, dense_bytes, facts_of, permit, record, route
 from sparse_layouts.dispatch.routes import find_route, matches
-from sparse_layouts.layout_autograd import apply, as_layout, sampled, values_of, with_values
+from sparse_layouts.layout_autograd import (
+    aligned,
+    apply,
+    as_layout,
+    sampled,
+    values_of,
+    with_values,
+)
 from sparse_layouts.layout_tensor import LayoutTensor
 from sparse_layouts.mask_algebra import select
 
@@ -141,12 +148,17 @@ def share_entries(input: LayoutTensor, other: LayoutTensor, **options: Any) -> b
     return input.same_pattern(other)
 
 
+def _pairs(input: LayoutTensor, other: LayoutTensor) -> tuple[Tensor, Tensor]:
+    """The values of both, entry for entry."""
+    return values_of(input), values_of(aligned(other, input))
+
+
 @route(torch.mul, input=LayoutTensor, other=LayoutTensor, uses=if_taken(share_entries))
 def multiply_entries(input: LayoutTensor, other: LayoutTensor) -> Any:
     """`w * v` of one pattern, entry by entry."""
     if not share_entries(input, other):
         return NotImplemented
-    return with_values(input, values_of(input) * values_of(other))
+    return with_values(input, torch.mul(*_pairs(input, other)))
 
 
 def can_divide(input: LayoutTensor, other: Any, **options: Any) -> bool:
@@ -171,7 +183,7 @@ def add_entries(input: LayoutTensor, other: LayoutTensor, *, alpha: float = 1) -
     """`w + v` of one pattern; of two patterns it is dense."""
     if not share_entries(input, other):
         return NotImplemented
-    return with_values(input, torch.add(values_of(input), values_of(other), alpha=alpha))
+    return with_values(input, torch.add(*_pairs(input, other), alpha=alpha))
 
 
 @route(torch.sub, input=LayoutTensor, other=LayoutTensor, uses=if_taken(share_entries))
@@ -179,7 +191,7 @@ def subtract_entries(input: LayoutTensor, other: LayoutTensor, *, alpha: float =
     """`w - v` of one pattern; of two patterns it is dense."""
     if not share_entries(input, other):
         return NotImplemented
-    return with_values(input, torch.sub(values_of(input), values_of(other), alpha=alpha))
+    return with_values(input, torch.sub(*_pairs(input, other), alpha=alpha))
 
 
 def can_drop(
@@ -390,5 +402,6 @@ def maximum_into(input: LayoutTensor, other: LayoutTensor, *, out: LayoutTensor)
     """`torch.maximum(w, v, out=u)` of one pattern: AMSGrad's running maximum."""
     if not (out.same_pattern(input) and out.same_pattern(other)):
         return NotImplemented
-    torch.maximum(values_of(input), values_of(other), out=out.stored_values)
+    first, second = (values_of(aligned(t, out)) for t in (input, other))
+    torch.maximum(first, second, out=out.stored_values)
     return out

@@ -269,6 +269,12 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
         """
         return self
 
+    def in_order_of(self: L, like: LayoutTensor) -> L:
+        """This layout, its values stored in the order of those of `like`, which has the same
+        pattern; not differentiable. Itself, unless a layout knows of several orders.
+        """
+        return self
+
     def validate(self) -> None:
         """Raises `ValueError` naming the first broken invariant; a layout adds its own."""
 
@@ -318,9 +324,10 @@ class LayoutTensor(Operators, torch.Tensor, Layout):
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
         if not torch.compiler.is_dynamo_compiling() and func in ROUTES.shortcuts:
-            result = ROUTES.shortcuts[func](args, kwargs)
-            if result is not NotImplemented:
-                return result
+            for recall in ROUTES.shortcuts[func]:
+                result = recall(args, kwargs)
+                if result is not NotImplemented:
+                    return result
         if not keeps_layout(func):
             if torch.compiler.is_exporting():
                 args, kwargs = opened(args), opened(kwargs)

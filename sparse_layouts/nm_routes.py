@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sparse_layouts.dispatch import route
-from sparse_layouts.layout_autograd import values_of, with_values
+from sparse_layouts.layout_autograd import aligned, values_of, with_values
 from sparse_layouts.layout_routes import if_taken, log_softmax_of_entries, softmax_of_entries
+from sparse_layouts.nm_fragments import ROWS
 from sparse_layouts.nm_packing import pack_positions
 from sparse_layouts.nm_tensor import NMTensor
 
@@ -28,7 +29,8 @@ def softmax_of_groups(input: NMTensor, dim: int, dtype: torch.dtype | None = Non
     """
     if not along_groups(input, dim):
         return softmax_of_entries(input, dim, dtype)
-    return with_values(input, torch.softmax(values_of(input), -1, dtype=dtype))
+    found = with_values(input.in_order(ROWS), torch.softmax(input.values(), -1, dtype=dtype))
+    return aligned(found, input)
 
 
 @route(torch.log_softmax, input=NMTensor, uses=if_taken(along_groups))
@@ -36,7 +38,8 @@ def log_softmax_of_groups(input: NMTensor, dim: int, dtype: torch.dtype | None =
     """`torch.log_softmax(w, dim)`, likewise."""
     if not along_groups(input, dim):
         return log_softmax_of_entries(input, dim, dtype)
-    return with_values(input, torch.log_softmax(values_of(input), -1, dtype=dtype))
+    found = with_values(input.in_order(ROWS), torch.log_softmax(input.values(), -1, dtype=dtype))
+    return aligned(found, input)
 
 
 Cuts = tuple[tuple[Any, ...], slice, slice]
@@ -85,6 +88,7 @@ def select_entries(input: NMTensor, index: Any) -> Any:
     if found is None:
         return NotImplemented
     lead, rows, entries = found
+    input = input.in_order(ROWS)
     batch = len(lead) - input.lead_dims
     own = (*lead[batch:], rows)
     indices = input.inner_indices.view(*input.lead, *input.inner_indices.shape[1:])[own]

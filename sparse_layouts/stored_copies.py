@@ -132,7 +132,7 @@ def copy_(func: Any, args: Any, kwargs: Any) -> Any:
                 f"copy_: the mask {short(other)} has no values to copy; take "
                 f"mask.to({into.dtype}) first"
             )
-        into.stored_values.copy_(other.stored_values)
+        into.stored_values.copy_(other.in_order_of(into).stored_values)
         count_write(into)
         return target
     if into.stored_values is None:

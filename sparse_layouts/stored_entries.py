@@ -166,7 +166,7 @@ def _values_of(value: Any, like: LayoutTensor, what: Any) -> Any:
                 f"{what}: the mask {short(other)} has no values to compute with; take "
                 f"mask.to({like.dtype}) first"
             )
-        return other.stored_values
+        return other.in_order_of(like).stored_values
     if isinstance(value, Tensor) and value.dim() > 0:
         if called_by_optimizer():
             return dense_operand(value, like, what)

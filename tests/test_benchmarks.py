@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sparse_layouts as sl
-from benchmarks import attention, bigbird, cpu, gpu_layouts, layouts, matmul
+from benchmarks import attention, bigbird, cpu, gpu_layouts, layouts, matmul, nm
 from benchmarks.__main__ import main
 from benchmarks.report import cells
 from benchmarks.timing import Row, WrongResult, attempt, check_error, host_time, selected
@@ -154,7 +154,8 @@ def test_the_formula_of_the_references_is_the_pattern(heads: int) -> None:
 
 def test_gpu_rows_have_names() -> None:
     assert {f"dsd 25% block {block}" for block in (16, 32, 64, 128)} < set(matmul.names(False))
-    known = [*matmul.names(False), *gpu_layouts.NAMES, *attention.names(False)]
+    known = [*matmul.names(False), *nm.names(False), *gpu_layouts.NAMES]
+    known += attention.names(False)
     known += [*cpu.NAMES, *layouts.NAMES, *bigbird.NAMES]
     assert len(set(known)) == len(known)
 
@@ -185,7 +186,7 @@ def test_the_time_of_a_call_is_the_smallest_median_of_single_calls() -> None:
 def test_quick_run_on_a_gpu(tmp_path: Path) -> None:
     assert main(["--quick", "--device", "cuda", "--only", "block", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "benchmarks.json").read_text(encoding="utf-8"))["rows"]
-    known = [*matmul.names(True), *gpu_layouts.NAMES, *attention.names(True)]
+    known = [*matmul.names(True), *nm.names(True), *gpu_layouts.NAMES, *attention.names(True)]
     assert [row["name"] for row in rows] == selected(known, ["block"])
     for row in rows:
         curve = row["name"].startswith("break-even")

@@ -21,12 +21,19 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern, transpose_pattern
 from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.dispatch.kernel_table import KERNELS, Kernel, choose
-from sparse_layouts.dispatch.routes import ROUTES, matches, shortcut
+from sparse_layouts.dispatch.routes import ROUTES, shortcut
 from sparse_layouts.dispatch.settings import Settings, current, restored
 from sparse_layouts.kernels import sddmm
 from sparse_layouts.kernels.block_matmul import FAMILY, OP, facts
 from sparse_layouts.kernels.launching import can_pack
 from sparse_layouts.kernels.products import product, sampled_and_summed, transposed
+from sparse_layouts.kernels.recalling import (
+    is_capturing,
+    is_undisturbed,
+    known,
+    may_recall,
+    takes_own_route,
+)
 from sparse_layouts.layout_autograd import (
     apply,
     as_layout,
@@ -34,11 +41,6 @@ from sparse_layouts.layout_autograd import (
     version_of,
 )
 from sparse_layouts.opaque import is_eager
-
-# calls that a layout remembers before it forgets them all
-MOST = 64
-# of a call that was seen, and is not settled
-ONCE = object()
 
 
 class Face(NamedTuple):
@@ -220,7 +222,7 @@ class SettledProduct(torch.autograd.Function):
             x = x.mT
         dlayout = dx = dbias = None
         with restored(settings):
-            if not settled.prepared and settled.takes(layout, dout) and not _is_capturing():
+            if not settled.prepared and settled.takes(layout, dout) and not is_capturing():
                 settled.prepare_gradients(layout, x if x is None or settled.has(x) else None, dout)
             if ctx.needs_input_grad[0]:
                 dlayout = settled.gradient_to_layout(layout, x, dout)
@@ -232,13 +234,6 @@ class SettledProduct(torch.autograd.Function):
         return dlayout, dx, dbias, None
 
 
-def _is_capturing() -> bool:
-    """Whether a CUDA graph is captured: lists that are made then are written when it is replayed,
-    and a launch that is settled would keep them.
-    """
-    return torch.cuda.is_current_stream_capturing()
-
-
 def _multiply(layout: BSRTensor, x: Tensor, bias: Tensor | None, settled: Settled) -> Tensor:
     values = layout.inner_values
     assert values is not None
@@ -248,39 +243,14 @@ def _multiply(layout: BSRTensor, x: Tensor, bias: Tensor | None, settled: Settle
     return out
 
 
-def _undisturbed(x: Tensor) -> bool:
-    """Whether nothing is set under which calls differ from each other."""
-    setting = current()
-    return not (
-        setting.choices
-        or setting.trace is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or (torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != x.dtype)
-    )
-
-
 def _known(layout: BSRTensor, key: Any, settle: Callable[[], Any]) -> Any:
-    """What an earlier call settled, which `settle` makes at the second such call: a layout that is
-    made for one product never has one. None where there is nothing.
-    """
-    known = layout._recalled
-    settled = None if known is None else known.get(key)
-    if (
-        isinstance(settled, (Settled, SettledSample))
-        and settled.pattern is layout._pattern
-        and settled.tables == (ROUTES.changes, KERNELS.changes)
-    ):
-        return settled
-    if _is_capturing():
-        return None
-    if known is None or len(known) >= MOST:
-        known = layout._recalled = {}
-    if settled is None:
-        known[key] = ONCE
-        return None
-    settled = settle()
-    known[key] = ONCE if settled is None else settled
-    return settled
+    """What earlier calls settled for the layout's blocks, as :func:`known` has it."""
+
+    def holds(settled: Settled | SettledSample) -> bool:
+        tables = (ROUTES.changes, KERNELS.changes)
+        return settled.pattern is layout._pattern and settled.tables == tables
+
+    return known(layout, key, holds, settle)
 
 
 def _recall(
@@ -295,12 +265,9 @@ def _recall(
     NotImplemented.
     """
     values = layout.inner_values
-    if not (type(x) is Tensor and x.is_cuda and is_eager(x) and type(values) is Tensor):
+    if not may_recall(values, x) or not x.is_contiguous():
         return NotImplemented
-    if x.dtype.itemsize != 2:  # how float32 is read is a setting
-        return NotImplemented
-    if (x.data_ptr() | values.data_ptr()) % 16 or not x.is_contiguous() or not _undisturbed(x):
-        return NotImplemented
+    assert values is not None
     if bias is not None and bias.data_ptr() % 16:
         return NotImplemented
     of_bias = None if bias is None else (bias.shape, bias.dtype, bias.device, bias.stride())
@@ -340,16 +307,9 @@ def _settle(
         fits = bias.shape == p.shape[:1] and bias.dtype == x.dtype and bias.device == x.device
         if not fits or not bias.is_contiguous() or bias.data_ptr() % 16:
             return None
-    if torch._C._cuda_getDevice() != x.device.index or not _is_own(function, args):
+    if torch._C._cuda_getDevice() != x.device.index or not takes_own_route(function, args):
         return None
     return Settled(layout, x, face, bias)
-
-
-def _is_own(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Whether a call takes this library's route of products."""
-    found = matches(function, args, {})
-    own = "sparse_layouts.kernels.product_routes"
-    return bool(found) and found[0].route.handler.__module__ == own
 
 
 def _recall_matmul(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -406,7 +366,7 @@ def _settle_sample(a: Tensor, b: Tensor, mask: BSRTensor) -> SettledSample | Non
         return None
     if torch._C._cuda_getDevice() != a.device.index:
         return None
-    if not _is_own(torch.sparse.sampled_addmm, (mask, a, b)):
+    if not takes_own_route(torch.sparse.sampled_addmm, (mask, a, b)):
         return None
     return SettledSample(a, b, mask)
 
@@ -416,7 +376,7 @@ def recall_sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if len(args) != 3 or kwargs.keys() != {"beta"} or kwargs["beta"] != 0:
         return NotImplemented
     mask, a, b = args
-    if not (type(a) is type(b) is Tensor and a.is_cuda and is_eager(a) and _undisturbed(a)):
+    if not (type(a) is type(b) is Tensor and a.is_cuda and is_eager(a) and is_undisturbed(a)):
         return NotImplemented
     if not isinstance(mask, BSRTensor) or (a.data_ptr() | b.data_ptr()) % 16:
         return NotImplemented

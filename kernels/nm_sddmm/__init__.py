@@ -20,6 +20,7 @@ from sparse_layouts.dispatch import (
 )
 from sparse_layouts.kernels import requirements
 from sparse_layouts.kernels.nm_sddmm import reference
+from sparse_layouts.nm_fragments import FRAGMENTS, by_fragments
 from sparse_layouts.nm_tensor import NMTensor
 
 OP = "nm_sddmm"
@@ -63,5 +64,7 @@ def sample(a: Tensor, b: Tensor, mask: NMTensor) -> NMTensor:
         t = t.expand(*outer, *t.shape[-2:])
         return t.reshape(math.prod(batch), patterns, *t.shape[-2:])
 
-    values = nm_sddmm_op(flat(a), flat(b), mask.inner_indices, mask.n, mask.m)
+    values = nm_sddmm_op(flat(a), flat(b), mask.row_indices(), mask.n, mask.m)
+    if mask.order == FRAGMENTS:
+        values = by_fragments(values, mask.n, mask.m)
     return mask.like_self(values.view(*outer, *values.shape[-2:]))

@@ -10,20 +10,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_layouts.nm_fragments import (
+    AXES,
+    FRAGMENTS,
+    ROWS,
+    by_fragments,
+    by_rows,
+    fragment_indices,
+    has_fragments,
+    row_indices,
+)
 from sparse_layouts.nm_packing import gather_entries, pack_positions, scatter_entries
 from tests.kernels.accuracy import Arithmetic, Results
 from tests.kernels.cases import Call, Case, Device, Operands, random_source
 
 
-def random_indices(
+def random_positions(
     patterns: int, rows: int, groups: int, n: int, m: int, random: torch.Generator
 ) -> Tensor:
-    """Packed indices (P, M, W) of random n:m patterns; rows repeat after a while, for speed."""
+    """int64 (P, M, E) of random n:m patterns; rows repeat after a while, for speed."""
     drawn = min(rows, 97)
     order = torch.rand(patterns, drawn, groups, m, generator=random).argsort(-1)
     positions = order[..., :n].sort(-1)[0].reshape(patterns, drawn, groups * n)
-    which = torch.arange(rows) % max(drawn, 1)
-    return pack_positions(positions, m)[:, which]
+    return positions[:, torch.arange(rows) % max(drawn, 1)]
+
+
+def random_indices(
+    patterns: int, rows: int, groups: int, n: int, m: int, random: torch.Generator
+) -> Tensor:
+    """The same, packed: (P, M, W)."""
+    return pack_positions(random_positions(patterns, rows, groups, n, m, random), m)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +64,7 @@ class NMCase:
     transposed: bool = False
     flip: bool = False
     small: bool = False
+    order: str = ROWS
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -63,7 +80,11 @@ class NMCase:
         inner = rows if self.transposed else groups * m
         batch = 1 if self.share_x else self.batch
         x = make.normal(batch, self.patterns, inner, self.width, how=self.dense)
-        options = {"transposed": self.transposed, "transposed_output": self.flip}
+        options: dict[str, Any] = {"transposed": self.transposed, "transposed_output": self.flip}
+        if self.order == FRAGMENTS:  # the strides of such values are those of their order
+            values = by_fragments(values, n, m)
+            indices = fragment_indices(indices, n, m, groups * m)
+            options["order"] = FRAGMENTS
         return Call((values, indices, x), {"n": n, "m": m, **options})
 
     def build_sddmm(self, dtype: torch.dtype, device: Device) -> Call:
@@ -88,6 +109,8 @@ class NMCase:
             "columns": 1 << (self.width - 1).bit_length() if self.width else 0,
             "transposed": self.transposed,
             "divisor": math.gcd(*self.matrix, 64),
+            "order": self.order,
+            "fragments": has_fragments(*self.nm, *self.matrix),
         }
         return Case(self.name, self.build_matmul, self.small, facts)
 
@@ -114,6 +137,28 @@ CASES = [
     NMCase("many_rows_few_columns", (2100, 160), width=3, share=True),
     NMCase("many_rows_transposed", (2100, 128), (3, 5), width=9, transposed=True, flip=True),
     NMCase("many_matrices", (70, 16), patterns=65, batch=4, width=5, flip=True),
+    *(
+        NMCase(f"fragments_{n}_{m}_{width}", shape, (n, m), width=width, order=FRAGMENTS, **more)
+        for n, m in AXES
+        for width, shape, more in (
+            (1, (16, 64), {"dense": "mT", "flip": True}),
+            (3, (160, 640), {"batch": 3, "share": True, "flip": True}),
+            (8, (48, 192), {"patterns": 2, "batch": 2}),
+            (16, (4112, 1088), {"dense": "mT", "flip": True}),
+            (24, (80, 320), {"dense": "step", "share_x": True, "batch": 2}),
+            (33, (2080, 256), {"dense": "offset", "flip": True}),
+            (64, (160, 2112), {"dense": "mT"}),
+            (50, (6416, 96), {"dense": "mT", "flip": True}),
+        )
+    ),
+    *(
+        NMCase(f"fragments_{n}_{m}_{name}", (48, 2 * 32 // n), (n, m), order=FRAGMENTS, **more)
+        for n, m in AXES
+        for name, more in (
+            ("wide", {"width": 130, "dense": "mT", "flip": True, "small": True}),
+            ("transposed", {"width": 9, "transposed": True, "batch": 2, "small": True}),
+        )
+    ),
     NMCase("no_row", (0, 6), small=True),
     NMCase("no_column", (8, 0), width=3, small=True),
     NMCase("no_row_transposed", (0, 6), transposed=True, small=True),
@@ -133,7 +178,11 @@ def dense_matmul(
     m: int,
     transposed: bool,
     transposed_output: bool,
+    order: str = ROWS,
 ) -> Results:
+    if order == FRAGMENTS:
+        columns = values.shape[-1] // n * m
+        values, indices = by_rows(values, n, m), row_indices(indices, n, m, columns)
     w = scatter_entries(values, indices, n, m, values.shape[-1] // n * m)
     return (a.product(w.mT if transposed else w, x).to(x.dtype),)
 
@@ -145,7 +194,12 @@ def dense_sddmm(
 
 
 # those that differ in what nm_sddmm is given
-SAMPLED = [c for c in CASES if not (c.transposed or c.share or c.share_x or "wide" in c.name)]
+def _sampled(case: NMCase) -> bool:
+    shared = case.transposed or case.share or case.share_x
+    return not (shared or "wide" in case.name or case.order == FRAGMENTS)
+
+
+SAMPLED = [case for case in CASES if _sampled(case)]
 OPS = {
     "nm_matmul": [c.case("nm_matmul") for c in CASES],
     "nm_sddmm": [c.case("nm_sddmm") for c in SAMPLED],

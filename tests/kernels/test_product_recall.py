@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import sparse_layouts as sl
-from sparse_layouts.kernels.block_matmul.recall import MOST, Settled
+from sparse_layouts.kernels.block_matmul.recall import Settled
+from sparse_layouts.kernels.recalling import MOST
 from tests.kernels.test_public_calls import host_syncs_raise
 from tests.kernels.test_recall import on_hopper
 

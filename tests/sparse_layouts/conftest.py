@@ -68,9 +68,14 @@ def on_grouped_nm(*batch: int) -> sl.GroupedNMTensor:
     return torch.randn(*batch, *mask.shape, dtype=F64).sparse_mask(mask)
 
 
-def on_nm(*batch: int, heads: tuple[int, ...] = ()) -> sl.NMTensor:
-    """Random values for every sample on one 2:4 pattern (a head)."""
-    mask = sl.nm(torch.randn(*heads, 24, 40), 2, 4).pattern
+def on_nm(
+    *batch: int,
+    heads: tuple[int, ...] = (),
+    size: tuple[int, int] = (24, 40),
+    nm: tuple[int, int] = (2, 4),
+) -> sl.NMTensor:
+    """Random values for every sample on one pattern (a head)."""
+    mask = sl.nm(torch.randn(*heads, *size), *nm).pattern
     return torch.randn(*batch, *mask.shape, dtype=F64).sparse_mask(mask)
 
 
@@ -160,12 +165,20 @@ NM_VALUES: dict[str, Make] = {
         torch.randn(2, 4, 3, 32, dtype=F64),
         sl.nm(torch.randn(4, 30, 32), 2, 4).pattern,
     ),
+    "fragments": lambda: sl.nm(torch.randn(16, 64, dtype=F64), 2, 4).in_order("fragments"),
+    "fragments-batch-heads": lambda: on_nm(2, heads=(2,), size=(32, 128), nm=(2, 8)).in_order(
+        "fragments"
+    ),
+    "fragments-transposed": lambda: sl.nm(torch.randn(16, 256, dtype=F64), 1, 8).mT.in_order(
+        "fragments"
+    ),
     "no-sample": lambda: on_nm(0),
     "no-row": lambda: sl.nm(torch.zeros(0, 40, dtype=F64), 2, 4),
     "no-column": lambda: sl.nm(torch.zeros(24, 0, dtype=F64), 2, 4),
 }
 NM_MASKS: dict[str, Make] = {
     "2:4": lambda: sl.nm(torch.randn(24, 40), 2, 4).pattern,
+    "fragments": lambda: sl.nm(torch.randn(16, 128), 1, 4).pattern.in_order("fragments"),
     "heads": lambda: sl.nm(torch.randn(3, 24, 45), 5, 9).pattern,
     "transposed": lambda: sl.nm(torch.randn(24, 40), 1, 2).pattern.mT,
 }

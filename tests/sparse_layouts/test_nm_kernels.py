@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparse_layouts as sl
-from sparse_layouts.dispatch.kernel_table import Facts, choose, verdicts
+from sparse_layouts.dispatch.kernel_table import Facts, Verdict, choose, verdicts
 from sparse_layouts.kernels.nm_matmul import reference, semi_structured
 from sparse_layouts.nm_packing import pack_positions, scatter_entries
 
@@ -79,7 +80,13 @@ def on_gpu(**changes: object) -> Facts:
         "divisor": 64,
         "cusparselt": True,
     }
-    return Facts("cuda", changes.pop("dtype", torch.bfloat16), **{**usual, **changes})
+    return Facts(
+        changes.pop("device", "cuda"), changes.pop("dtype", torch.bfloat16), **{**usual, **changes}
+    )
+
+
+def verdict_of(kernel: str, facts: Facts) -> Verdict:
+    return next(v for v in verdicts("nm_matmul", facts) if v.kernel.name == kernel)
 
 
 SEMI_STRUCTURED: dict[str, tuple[dict[str, object], str]] = {
@@ -103,7 +110,7 @@ def test_which_columns_are_expanded_in_scratch_memory() -> None:
         own = on_gpu(columns=columns, transposed=transposed, n_of_m=(1, 4))
         expected = "triton" if columns < 32 else "triton_expand"
         assert choose("nm_matmul", own).name == expected
-    reason = verdicts("nm_matmul", on_gpu(columns=16))[1].reason
+    reason = verdict_of("triton_expand", on_gpu(columns=16)).reason
     assert reason == (
         "expands the matrix in scratch memory, for 32 or more columns of the dense operand, not 16"
     )
@@ -113,9 +120,32 @@ def test_which_columns_are_expanded_in_scratch_memory() -> None:
 @pytest.mark.parametrize("name", SEMI_STRUCTURED)
 def test_why_semi_structured_cannot(name: str) -> None:
     changes, message = SEMI_STRUCTURED[name]
-    first = verdicts("nm_matmul", on_gpu(**changes))[0]
-    assert first.kernel.name == "semi_structured"
-    assert message in str(first.reason)
+    assert message in str(verdict_of("semi_structured", on_gpu(**changes)).reason)
+
+
+BY_FRAGMENTS: dict[str, tuple[dict[str, object], str]] = {
+    "n:m": ({"n_of_m": (3, 4)}, "takes 2:4, 1:4, 2:8 and 1:8, not 3:4"),
+    "device": ({"device": "cpu"}, "works on cuda tensors, these are on cpu"),
+    "capability": ({"capability": (10, 0)}, "for compute capability 9.0 .*, found 10.0"),
+    "dtype": ({"dtype": torch.float32}, "takes float16 and bfloat16, not torch.float32"),
+    "transposed": ({"transposed": True}, "not its transpose"),
+    "columns": ({"columns": 128}, "up to 64 columns of the dense operand, not 128"),
+    "sizes": ({"fragments": False}, "whose rows 16 and whose columns 64 divides"),
+    "order": ({"order": "rows"}, r"call w.prepack\(\) once"),
+}
+
+
+@pytest.mark.parametrize("name", BY_FRAGMENTS)
+def test_why_fragments_are_not_multiplied(name: str) -> None:
+    usual: dict[str, object] = {"order": "fragments", "fragments": True, "columns": 8}
+    assert choose("nm_matmul", on_gpu(**usual)).name == "fragments"
+    changes, message = BY_FRAGMENTS[name]
+    assert re.search(message, str(verdict_of("fragments", on_gpu(**{**usual, **changes})).reason))
+
+
+def test_no_other_kernel_takes_fragments() -> None:
+    for verdict in verdicts("nm_matmul", on_gpu(order="fragments"))[2:]:
+        assert verdict.reason == "takes entries that lie row by row, not by fragments"
 
 
 @pytest.fixture
