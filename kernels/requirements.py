@@ -205,10 +205,11 @@ def hopper_sddmm(facts: Facts) -> str | None:
 # H200, 2026-11-26: blocks of 16 at 25% W @ x 290, F.linear 464, sddmm 489; of 32 at 25% 168, 159,
 # 193; of 64 at 50% 139 and, sddmm, 155; of 128 at 50% 106 and 95; about linear in the density.
 # cuBLAS takes 162; writing W out moves 33 MB and what is stored (some 15 us), a pass over the
-# result 33 MB. By this sum, which is still to be measured as a whole, W @ x breaks even at 16% for
-# blocks of 16, 28% for 32, 67% for 64; sddmm at 9%, 23% and 58%; those of 128 never.
-DENSE_MATMUL_SIXTEENTHS = {16: 3, 32: 5, 64: 11}
-DENSE_SDDMM_SIXTEENTHS = {16: 2, 32: 4, 64: 10}
+# result 33 MB. By this sum W @ x breaks even at 16% for blocks of 16, 28% for 32, 67% for 64; sddmm
+# at 9%, 23% and 58%; those of 128 never. The whole is not measured yet: it is used where the sum
+# says at least 1.5 times faster, for blocks of 16 from a quarter on.
+DENSE_MATMUL_SIXTEENTHS = {16: 4}
+DENSE_SDDMM_SIXTEENTHS = {16: 4}
 # From here on (1025 columns, rounded up) multiplying the matrix takes longer than moving it.
 DENSE_SCRATCH_COLUMNS = 2048
 
@@ -225,7 +226,7 @@ def _dense_scratch(facts: Facts, least: dict[int, int]) -> str | None:
         )
     rows = facts.block_size[0]
     if rows not in least:
-        return f"{way}: never the faster one for blocks of {rows} rows"
+        return f"{way}: not known to be the faster one for blocks of {rows} rows"
     if facts.sixteenths < least[rows]:
         return (
             f"{way}: the faster one where {least[rows]}/16 of a large matrix are stored in blocks "
