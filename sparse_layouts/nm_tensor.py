@@ -190,7 +190,7 @@ class NMTensor(LayoutTensor):
         of compute capability 9.0 (`sl.explain` tells), of matrices whose rows 16 and whose columns
         64 (2:4), 128 (1:4, 2:8) or 256 (1:8) divides; else row by row.
 
-        A product leaves out what no stored entry meets: NaN of the dense operand need not reach
+        A product may leave out what no stored entry meets: NaN of the dense operand need not reach
         rows that store nothing in its column.
         """
         values = self.inner_values

@@ -227,7 +227,7 @@ def test_from_the_density_on_at_which_cublas_wins(op: str, edge: int) -> None:
 
 WHY_NOT: dict[str, tuple[dict[str, Any], str]] = {
     "sparse": ({"sixteenths": 1}, "/16 of a large matrix are stored in blocks of 16 rows, here it"),
-    "large blocks": ({"block_size": (128, 64)}, "not known to be the faster one for blocks of 128 rows"),
+    "large blocks": ({"block_size": (128, 64)}, "not known to be the faster one for blocks of 128"),
     "few columns": ({"columns": 1024}, "for 2048 or more columns of the dense operand, not for"),
     "older GPU": ({"capability": (8, 0)}, "only where it was measured, in float16 and bfloat16 at"),
     "float32": ({"dtype": torch.float32}, "only where it was measured, in float16 and bfloat16"),
