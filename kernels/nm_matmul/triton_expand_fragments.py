@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.nm_matmul.cpu import empty_result
-from sparse_layouts.kernels.nm_matmul.scratch_products import (
+from sparse_layouts.kernels.scratch_products import (
     ScratchMatrices,
     multiply_into,
     pieces,

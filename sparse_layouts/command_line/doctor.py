@@ -207,8 +207,8 @@ def _extra_findings() -> Iterator[Finding]:
 
 def _typical_facts(device: str, dtype: torch.dtype, **machine: Any) -> Iterator[Facts]:
     """Calls of all kinds and widths: a kernel that could take none of them cannot run here."""
-    for columns, transposed, row_entries, edge in itertools.product(
-        (1, 16, 64, 128, 512, 32768), (False, True), (16, 512), (64, 5)
+    for columns, transposed, row_entries, edge, order in itertools.product(
+        (1, 16, 64, 128, 512, 32768), (False, True), (16, 512), (64, 5), ("rows", "fragments")
     ):
         yield Facts(
             device,
@@ -220,6 +220,8 @@ def _typical_facts(device: str, dtype: torch.dtype, **machine: Any) -> Iterator[
             transposed=transposed,
             row_entries=row_entries,
             divisor=64,
+            order=order,
+            fragments=True,
             tma=device == "cuda",
             **machine,
         )
