@@ -68,7 +68,7 @@ def _uses(layout: ReorderedTensor, x: Tensor, transposed_output: bool = False) -
         uses.append(Use("gradient of the dense operand", block_matmul.OP, turned))
     if torch.is_grad_enabled() and layout.requires_grad:
         sampled = own._replace(
-            block_size=layout.block_size, columns=0, partial=sddmm.is_partial(layout.block_pattern)
+            block_size=layout.block_size, partial=sddmm.is_partial(layout.block_pattern)
         )
         uses.append(Use("gradient of the layout's values", sddmm.OP, sampled))
     return uses

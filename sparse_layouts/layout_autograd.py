@@ -68,7 +68,11 @@ class Reordered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         before, after = map(unwrapped, ctx.saved_tensors)
-        return aligned(as_layout(grad, after), before), None
+        moved = aligned(as_layout(grad, after), before)
+        if torch.is_grad_enabled():
+            return moved, None
+        # on the tensors of the layout itself, which an optimizer then need not compare
+        return before.like_self(moved.stored_values), None
 
 
 def reordered(layout: L, move: Callable[[L], L]) -> L:

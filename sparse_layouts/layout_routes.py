@@ -352,7 +352,9 @@ def _softmax_densely(
     what = f"{name} of a {kind} has no kernel; computing it densely, over the stored entries."
     permit(what, cost, layout.device.type, name)
     record(name, "dense fallback", facts_of(values), cost)
-    stored = layout.like_self(torch.ones_like(values)).to_dense_entries() != 0
+    ones = layout.like_self(torch.ones_like(values))
+    ones.clear_unstored()
+    stored = ones.to_dense_entries() != 0
     scores = layout.to_dense().masked_fill(~stored, -torch.inf)
     empty = ~stored.any(dim, keepdim=True)
     out = (torch.log_softmax if log else torch.softmax)(

@@ -95,6 +95,11 @@ def _check(w: Any, block_rows: Any) -> None:
         )
     if w.inner_values is None:
         raise TypeError(f"reorder: expected a layout with values, got the mask {short(w)}")
+    if w.block_pattern.block_counts is not None:
+        raise ValueError(
+            f"reorder: {short(w)} counts blocks several times, which taller blocks cannot; make one "
+            "that does not: sl.bsr(w.to_dense(), w.block_size)"
+        )
     if w.lead_dims:
         raise ValueError(
             f"reorder: expected a matrix of one pattern, got {short(w)} with one for each of "

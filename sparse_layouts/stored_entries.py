@@ -288,9 +288,13 @@ def over_lists(func: Any, args: Any, kwargs: Any) -> Any:
     like = list(lead)
     fused = func._schema.name.startswith("aten::_fused_")
     reordered: list[tuple[Tensor, Tensor]] = []
+    elsewhere: list[tuple[Any, Any, Tensor]] = []  # written to in the place of what was given
 
-    def entries(value: Any, layout: Any) -> Any:
+    def entries(value: Any, layout: Any, is_written: bool) -> Any:
         values, first = _values_of(value, layout, func), layout.stored_values
+        own = value.stored_values if isinstance(value, Layout) else value  # type: ignore[attr-defined]
+        if is_written and values is not own:
+            elsewhere.append((value, layout, values))
         if not fused or values.dim() == 0 or values.stride() == first.stride():
             return values
         # fused kernels walk through memory, whatever the strides
@@ -298,19 +302,24 @@ def over_lists(func: Any, args: Any, kwargs: Any) -> Any:
         reordered.append((values, made.copy_(values)))
         return made
 
-    def unwrap(value: Any) -> Any:
+    def unwrap(value: Any, name: str) -> Any:
         if isinstance(value, (list, tuple)):
             return [
-                entries(v, like[i])
+                entries(v, like[i], name in written)
                 if i < len(like) and isinstance(like[i], Layout)
                 else (v.to_dense_entries() if isinstance(v, Layout) else v)  # type: ignore[attr-defined]
                 for i, v in enumerate(value)
             ]
         return value
 
-    out = func(*map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()})
+    declared = func._schema.arguments
+    written = {a.name for a in declared if a.alias_info is not None and a.alias_info.is_write}
+    by_place = [unwrap(v, a.name) for v, a in zip(args, declared, strict=False)]
+    out = func(*by_place, **{k: unwrap(v, k) for k, v in kwargs.items()})
     for values, made in reordered:
         values.copy_(made)
+    for value, layout, values in elsewhere:
+        _write_back(value, layout.like_self(values))
     if func._schema.is_mutable:
         for layout in like:
             if isinstance(layout, Layout):
@@ -323,6 +332,17 @@ def over_lists(func: Any, args: Any, kwargs: Any) -> Any:
         layout.like_self(values) if isinstance(layout, Layout) else values  # type: ignore[attr-defined]
         for layout, values in zip(like, out, strict=True)
     ]
+
+
+def _write_back(value: Any, result: Any) -> None:
+    """Writes what was computed in the place of an operand, a layout of another order or a dense
+    tensor, to it.
+    """
+    if isinstance(value, Layout):
+        value.stored_values.copy_(result.in_order_of(value).stored_values)  # type: ignore[attr-defined]
+    else:
+        stored = result.pattern.to_dense_entries()
+        value.copy_(torch.where(stored, result.to_dense_entries(), value))
 
 
 def _count_writes(func: Any, args: Any, kwargs: Any) -> None:

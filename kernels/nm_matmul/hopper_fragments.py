@@ -144,9 +144,11 @@ def _aligned(t: Tensor) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     """x (N, K) as the copy engine reads it: rows without gaps from multiples of 16 bytes on."""
-    apart = x.shape[0] == 1 or x.stride(0) * x.element_size() % 16 == 0
-    if x.stride(1) == 1 and apart and x.data_ptr() % 16 == 0:
-        return x
+    if x.stride(1) == 1 and x.data_ptr() % 16 == 0:
+        if x.shape[0] == 1:
+            return x[0][None]  # whatever the step to a row that is not there was
+        if x.stride(0) >= x.shape[1] and x.stride(0) * x.element_size() % 16 == 0:
+            return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -262,7 +264,7 @@ def _compilation(dtype: torch.dtype, n: int, m: int, eights: int, tuning: Tuning
         del given["high_desc"]
         constexprs["high_desc"] = None
     return Compilation(
-        f"nm_fragments[{n}:{m},{DTYPE_NAMES[dtype]},{8 * eights},{height}]",
+        f"nm_fragments[{n}:{m},{DTYPE_NAMES[dtype]},{8 * eights},{height}x{warps}]",
         nm_fragments_kernel,
         kernel_signature(nm_fragments_kernel, given, constexprs),
         constexprs,

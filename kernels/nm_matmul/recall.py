@@ -53,7 +53,10 @@ class Settled:
 
     def vectors(self, x: Tensor) -> Tensor:
         """x as the kernel takes it: (N, K), contiguous."""
-        return x.view(-1, x.shape[-1]) if self.by_rows else x.mT.contiguous()
+        if self.by_rows:
+            return x.view(-1, x.shape[-1])
+        turned = x.mT.contiguous()
+        return turned.view(-1).view(turned.shape)  # one row may have had any step
 
     def multiply(self, values: Tensor, x: Tensor) -> Tensor:
         """The product with these values."""

@@ -6,9 +6,13 @@ that are many enough for a dense product to be the faster one: see `requirements
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from sparse_layouts.block_pattern import BlockPattern
+from sparse_layouts.kernels import triton_scratch_blocks
+from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.scratch_products import ScratchMatrices, multiply_into
 from sparse_layouts.kernels.triton_scratch_blocks import block_row_pieces, gather_blocks
 
@@ -33,3 +37,8 @@ def sddmm(a: Tensor, b: Tensor, pattern: BlockPattern) -> Tensor:
         multiply_into(dense, left, right)
         gather_blocks(values[batches], dense, pattern, piece)
     return values
+
+
+def compilations() -> Iterator[Compilation]:
+    """Those of what it launches."""
+    yield from triton_scratch_blocks.compilations()

@@ -149,3 +149,26 @@ def test_an_emulated_warp_multiplies(n: int, m: int, width: int, kind: str) -> N
     dense = scatter_entries(values[None], indices, n, m, columns)[0]
     expected = dense.double() @ x.double().mT
     np.testing.assert_array_equal(summed(sums, width), expected.numpy())
+
+
+@needs_triton
+def test_x_is_given_to_the_copy_engine_in_steps_of_16_bytes() -> None:
+    from sparse_layouts.kernels.nm_matmul import hopper_fragments
+
+    wide = torch.randn(7, 257, dtype=torch.bfloat16)
+    even = torch.randn(7, 264, dtype=torch.bfloat16)
+    for x in (
+        wide[:, :256],
+        wide[:1, :256],
+        even[:, :256],
+        even[:1, 1:257],
+        even[0, :256].expand(5, 256),
+        even[:, :256].mT.contiguous().mT,
+    ):
+        rows = hopper_fragments._rows(x)
+        assert torch.equal(rows, x)
+        assert rows.data_ptr() % 16 == 0
+        assert rows.stride(1) == 1
+        assert rows.stride(0) >= 256
+        assert rows.stride(0) % 8 == 0
+        rows.view(torch.int32)

@@ -202,3 +202,44 @@ def test_what_is_wrong_is_said(name: str) -> None:
     call, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+FUSED = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.1, fused=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, fused=True),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("state", ["rows", "dense"])
+def test_fused_optimizers_write_to_state_of_another_order(name: str, state: str) -> None:
+    x = torch.randn(8, 128)
+    ended = []
+    for order in ("rows", "fragments"):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(sl.nm(torch.randn(32, 128), 2, 4))
+        optimizer = FUSED[name]([p])
+        for step in range(4):
+            if step == 1 and order == "fragments":
+                saved = optimizer.state_dict()
+                if state == "dense":
+                    for key, value in saved["state"][0].items():
+                        if isinstance(value, sl.LayoutTensor):
+                            saved["state"][0][key] = value.to_dense()
+                p = torch.nn.Parameter(p.detach().in_order("fragments"))
+                optimizer = FUSED[name]([p])
+                optimizer.load_state_dict(saved)
+            optimizer.zero_grad()
+            torch.nn.functional.linear(x, p).square().mean().backward()
+            optimizer.step()
+        ended.append(p.detach().to_dense())
+    assert torch.allclose(*ended, rtol=0, atol=1e-5)
+
+
+def test_a_gradient_through_prepack_lies_on_the_tensors_of_its_leaf() -> None:
+    w = sl.nm(torch.randn(32, 128), 2, 4).requires_grad_()
+    torch.nn.functional.linear(torch.randn(3, 128), w.in_order("fragments")).sum().backward()
+    assert w.grad is not None
+    assert w.grad.inner_indices is w.inner_indices

@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -478,3 +479,25 @@ def test_files_that_lie(tmp_path: Path, field: str, value: object, message: str)
     safetensors.torch.save_file(tensors, path, {"sparse_layouts": json.dumps(records)})
     with pytest.raises(ValueError, match=message):
         sl.load_safetensors(path)
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("function", [torch.softmax, torch.log_softmax])
+def test_a_softmax_is_over_what_the_source_stored(dim: int, function: Callable[..., Any]) -> None:
+    w = on_blocks(shuffled(band(24, 12, 1)), (2, 4))
+    r = sl.reorder(w, 8)
+    assert len(r.values()) * 4 > len(w.values()), "nothing was filled in"
+    before, after = w.requires_grad_(), r.detach().requires_grad_()
+    with sl.fallback("allow"):
+        expected, found = function(before, dim), function(after, dim)
+    goal = torch.randn(w.shape, dtype=F64)
+    assert torch.allclose(found.to_dense(), expected.to_dense(), rtol=0, atol=1e-12)
+    for out in (expected, found):
+        (out.to_dense() * goal).sum().backward()
+    assert torch.allclose(after.grad.to_dense(), before.grad.to_dense(), rtol=0, atol=1e-12)
+
+
+def test_blocks_that_count_several_times_are_refused() -> None:
+    counted = sl.bsr_mask(torch.tensor([[2, 0], [1, 3]]), (2, 4)).to(F64)
+    with pytest.raises(ValueError, match="counts blocks several times"):
+        sl.reorder(counted)
