@@ -30,9 +30,10 @@ def reorder(w: Any, block_rows: int | None = None) -> ReorderedTensor:
     none). The blocks stay as wide as they are. Keeps the dtype; differentiable in w.
 
     The result is w outside: `to_dense`, products, gradients and arithmetic are in w's own order.
-    Entries that w does not store are zeros in the taller blocks and stay so in training. Worth it
-    for small blocks, 16 x k or 1 x k, of matrices whose rows come in kinds (pruned by groups,
-    banded and shuffled, adjacency of communities), and for products with many columns.
+    Entries that w does not store are zeros in the taller blocks and stay so in training; there, as
+    in a dense matrix, NaN of the other operand is seen. Worth it for small blocks, 16 x k or 1 x k,
+    of matrices whose rows come in kinds (pruned by groups, banded and shuffled, adjacency of
+    communities), and for products with many columns.
 
     What a row stores is compared on the host, once; call it when the pattern is made, not in a
     training step. The rows are grouped greedily by the Jaccard similarity of their columns, and
@@ -97,8 +98,8 @@ def _check(w: Any, block_rows: Any) -> None:
         raise TypeError(f"reorder: expected a layout with values, got the mask {short(w)}")
     if w.block_pattern.block_counts is not None:
         raise ValueError(
-            f"reorder: {short(w)} counts blocks several times, which taller blocks cannot; make one "
-            "that does not: sl.bsr(w.to_dense(), w.block_size)"
+            f"reorder: {short(w)} counts blocks several times, which taller blocks cannot; make "
+            "one that does not: sl.bsr(w.to_dense(), w.block_size)"
         )
     if w.lead_dims:
         raise ValueError(
