@@ -29,6 +29,7 @@ from tests.kernels.cases import (
     make_pattern,
     random_source,
 )
+from tests.rounding import assert_close
 
 # numpy warns where a GPU computes on, by IEEE's rules
 AS_ON_A_GPU = "ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning"
@@ -140,7 +141,7 @@ def test_a_row_is_untouched_by_what_it_does_not_read(
     got = kernel("block_matmul")(values, pattern, poisoned, **call.kwargs)
     assert touched.any()
     assert (~touched[..., 3]).any()
-    assert torch.allclose(got[~touched], clean[~touched], rtol=1e-5, atol=1e-5)
+    assert_close(got[~touched], clean[~touched])
     if case.activation is None:
         assert not got[touched].isfinite().any()
 
@@ -154,7 +155,7 @@ def test_infinities_of_stored_values_are_kept(device: str, poisoned_empty: None)
     from sparse_layouts.kernels.block_matmul import reference
 
     expected = reference.block_matmul(values, pattern, x)
-    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert_close(got, expected)
     assert expected.isinf().any()
     assert expected.isnan().any()
 
