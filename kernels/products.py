@@ -344,9 +344,11 @@ def tma_readable(x: Tensor) -> bool:
     )
 
 
-def columns_fact(columns: int) -> int:
-    """Columns of the dense operand, rounded up to a power of two: lengths make no new choices."""
-    return 1 << (columns - 1).bit_length() if columns > 0 else 0
+def power_of_two(size: int) -> int:
+    """The smallest that is not less, 0 of 0: how sizes count as facts, so that lengths make no new
+    choices.
+    """
+    return 1 << (size - 1).bit_length() if size > 0 else 0
 
 
 # The smallest matrix of blocks that is worth writing out densely.

@@ -11,7 +11,7 @@ from sparse_layouts.block_pattern import transpose_pattern
 from sparse_layouts.dispatch import Use
 from sparse_layouts.kernels import block_matmul, sddmm
 from sparse_layouts.kernels.product_routes import register_products
-from sparse_layouts.kernels.products import Family, columns_fact
+from sparse_layouts.kernels.products import Family, power_of_two
 from sparse_layouts.reordered_tensor import ReorderedTensor
 
 
@@ -76,7 +76,7 @@ def _uses(layout: ReorderedTensor, x: Tensor, transposed_output: bool = False) -
 
 def _uses_of_sample(a: Tensor, b: Tensor, mask: ReorderedTensor) -> list[Use]:
     own = sddmm.facts(a, b, mask.block_pattern)
-    product = own._replace(columns=columns_fact(a.shape[-1]), partial=False)
+    product = own._replace(columns=power_of_two(a.shape[-1]), partial=False)
     flipped = product._replace(block_size=own.block_size[::-1])
     uses = [Use("forward", sddmm.OP, own)]
     for name, factor, gradient in (("a", a, product), ("b", b, flipped)):

@@ -29,7 +29,7 @@ from sparse_layouts.kernels.product_routes import register_products
 from sparse_layouts.kernels.products import (
     Family,
     broadcast_product,
-    columns_fact,
+    power_of_two,
     sixteenths_fact,
     tma_readable,
 )
@@ -55,7 +55,7 @@ def facts(
     return facts_of(
         values,
         block_size=pattern.block_size,
-        columns=columns_fact(columns),
+        columns=power_of_two(columns),
         tma=capability_of(values.device) == (9, 0)
         and tma_readable(values)
         and tma_readable(x)

@@ -18,7 +18,7 @@ from sparse_layouts.dispatch import Facts, Use, facts_of, register_kernel, run
 from sparse_layouts.kernels import csr_sddmm, requirements
 from sparse_layouts.kernels.csr_matmul import reference
 from sparse_layouts.kernels.product_routes import register_products
-from sparse_layouts.kernels.products import Family, broadcast_product
+from sparse_layouts.kernels.products import Family, broadcast_product, power_of_two
 
 OP = "csr_matmul"
 _HERE = "sparse_layouts.kernels.csr_matmul"
@@ -42,16 +42,11 @@ def facts(
     rows = shape[1 if transposed else 0]
     return facts_of(
         values,
-        columns=_power_of_two(columns),
+        columns=power_of_two(columns),
         transposed=transposed,
-        row_entries=_power_of_two(-(-entries // max(1, rows))),
+        row_entries=power_of_two(-(-entries // max(1, rows))),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-
-
-def _power_of_two(size: int) -> int:
-    """The smallest that is not less, 0 of 0."""
-    return 1 << (size - 1).bit_length() if size > 0 else 0
 
 
 def _launch(

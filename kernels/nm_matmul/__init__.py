@@ -17,7 +17,7 @@ from sparse_layouts.dispatch import Facts, Use, choose, current, facts_of, regis
 from sparse_layouts.kernels import nm_sddmm, requirements
 from sparse_layouts.kernels.nm_matmul import reference
 from sparse_layouts.kernels.product_routes import register_products
-from sparse_layouts.kernels.products import Family, broadcast_product
+from sparse_layouts.kernels.products import Family, broadcast_product, power_of_two
 from sparse_layouts.nm_fragments import FRAGMENTS, ROWS, by_rows, has_fragments, row_indices
 from sparse_layouts.nm_tensor import NMTensor
 
@@ -45,11 +45,6 @@ for _name, _function, _requires in (
     register_kernel(OP, _name, f"{_HERE}.{_function}", requirements.row_by_row(_requires))
 
 
-def _columns_fact(columns: int) -> int:
-    """Columns of the dense operand, rounded up to a power of two."""
-    return 1 << (columns - 1).bit_length() if columns > 0 else 0
-
-
 def facts(
     values: Tensor,
     n: int,
@@ -65,7 +60,7 @@ def facts(
     found = facts_of(
         values,
         n_of_m=(n, m),
-        columns=_columns_fact(columns),
+        columns=power_of_two(columns),
         transposed=transposed,
         divisor=math.gcd(*matrix, 64),
         order=order,

@@ -24,7 +24,7 @@ from sparse_layouts.dispatch import (
     run,
 )
 from sparse_layouts.kernels import requirements
-from sparse_layouts.kernels.products import columns_fact, sixteenths_fact, tma_readable
+from sparse_layouts.kernels.products import power_of_two, sixteenths_fact, tma_readable
 from sparse_layouts.kernels.sddmm import reference
 from sparse_layouts.layout_tensor import LayoutTensor
 
@@ -50,7 +50,7 @@ def facts(a: Tensor, b: Tensor, pattern: BlockPattern) -> Facts:
     return facts_of(
         a,
         block_size=pattern.block_size,
-        columns=columns_fact(a.shape[-1]),
+        columns=power_of_two(a.shape[-1]),
         tma=capability_of(a.device) == (9, 0) and tma_readable(a) and tma_readable(b),
         partial=is_partial(pattern),
         sixteenths=sixteenths_fact(pattern),
