@@ -7,10 +7,15 @@ attention as the mask, train it.
 torch.Size([64, 2])
 """
 
+import gc
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch  # noqa: F401
+
+# What torch has made stays: a collection meanwhile would look through it for 77 ms, in vain.
+gc.freeze()
 _root = Path(__file__).resolve().parent.parent
 if not (_root / "sparse_layouts" / "kernels").is_dir() and (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))  # a source checkout: dispatch/ and kernels/ lie beside this folder
@@ -88,6 +93,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.viewing.{_LOOKING[name]}"), name)
 
+
+gc.unfreeze()
 
 __all__ = [
     "BSRTensor",
