@@ -45,6 +45,7 @@ def run_python(
         "PYTHONSAFEPATH": "1",  # `-c` would put the current folder first (Python 3.11 on)
     }
     environment.pop("TRITON_INTERPRET", None)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed library has its bytecode
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=cwd or path[0],
