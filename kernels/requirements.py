@@ -201,15 +201,13 @@ def hopper_sddmm(facts: Facts) -> str | None:
 
 
 # Where the kernels on blocks lose to cuBLAS on a dense matrix in scratch memory: sixteenths of the
-# matrix that are stored, by the rows of a block. Microseconds of the former in bf16, 4096^3, one
-# H200, 2026-11-26: blocks of 16 at 25% W @ x 290, F.linear 464, sddmm 489; of 32 at 25% 168, 159,
-# 193; of 64 at 50% 139 and, sddmm, 155; of 128 at 50% 106 and 95; about linear in the density.
-# cuBLAS takes 162; writing W out moves 33 MB and what is stored (some 15 us), a pass over the
-# result 33 MB. By this sum W @ x breaks even at 16% for blocks of 16, 28% for 32, 67% for 64; sddmm
-# at 9%, 23% and 58%; those of 128 never. The whole is not measured yet: it is used where the sum
-# says at least 1.5 times faster, for blocks of 16 from a quarter on.
-DENSE_MATMUL_SIXTEENTHS = {16: 4}
-DENSE_SDDMM_SIXTEENTHS = {16: 4}
+# matrix that are stored, by the rows of a block. Microseconds in bf16, 4096^3, one H200, of the
+# former and of this at 10, 25 and 50%, where cuBLAS alone takes 178 (2026-11-26): blocks of 16,
+# W @ x 140, 298, 552 and 228, 243, 261; F.linear (x by columns) 206, 459, 674 and 241, 255, 273;
+# sddmm 139, 288, 664 and 187, 190, 195; blocks of 32, W @ x 79, 167, 313 and 223, 236, 255; sddmm
+# 75, 153, 317 and 185, 188, 192; of 64 at 50% W @ x 140 and 241, sddmm 136 and 190.
+DENSE_MATMUL_SIXTEENTHS = {16: 3, 32: 7}
+DENSE_SDDMM_SIXTEENTHS = {16: 3, 32: 5}
 # From here on (1025 columns, rounded up) multiplying the matrix takes longer than moving it.
 DENSE_SCRATCH_COLUMNS = 2048
 

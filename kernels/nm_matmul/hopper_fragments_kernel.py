@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from sparse_layouts.kernels.hopper_common import wait_free, wait_full
 from sparse_layouts.kernels.nm_matmul.fragment_assembly import expansion, operands, products
@@ -174,6 +174,17 @@ def _bring_x(
 
 
 @gluon.jit
+def _release(free):
+    """Gives a buffer back to the copy engine.
+
+    The engine writes past the queue in which loads from shared memory wait: without the fence it
+    overtook them (2:4 and 1:8 times 16 columns: up to every call was wrong somewhere).
+    """
+    fence_async_shared()
+    mbarrier.arrive(free, count=1)
+
+
+@gluon.jit
 def _each_tile(words, TILES: gl.constexpr, SIZE: gl.constexpr):
     """TILES times SIZE words as a tuple of [SIZE], where a thread has as many of every tile."""
     gl.static_assert(TILES == 1 or TILES == 2 or TILES == 4)
@@ -323,9 +334,9 @@ def _consume(
                             x, x_stage, GROUP, WARPS, OWN, X_EACH, NT, SPAN, c, p * WIDTH, WIDTH
                         )  # fmt: skip
                         few = few + (xs,)
-                mbarrier.arrive(x_free.index(x_stage), count=1)
+                _release(x_free.index(x_stage))
             if u == 0:
-                mbarrier.arrive(free.index(stage), count=1)
+                _release(free.index(stage))
             for c in gl.static_range(0, X_EACH, SPAN):
                 for k in gl.static_range(PLACES):
                     new = ()
@@ -355,7 +366,7 @@ def _consume(
                                 new = new + (sums,)
                     all_sums = new
             if not FEW:
-                mbarrier.arrive(x_free.index(x_stage), count=1)
+                _release(x_free.index(x_stage))
 
     # the sums of all warps, of a tile and a product's columns at a time
     SIZE: gl.constexpr = 128 * WIDTH
