@@ -43,15 +43,15 @@ class Config(NamedTuple):
 
 # By (rows of a block, columns of a tile), for 16-bit dtypes. 8192 x 8192 in bf16, a quarter of the
 # blocks stored, one of four weights after the other in a CUDA graph (2026-11-26). Microseconds on
-# an H200 (8.0 is the floor of the bytes, cuBLAS takes 34 to 35) with 1, 8, 16 and 32 columns: blocks
-# of 64 by the first row's configuration 13.0, 13.1, 14.1 and 19.8, by that of 16 columns 13.0, 14.5,
-# 14.6 and 15.3; of 16 by that of 8 columns 21.9, 26.3, 33.6 and 36.4, by that of 16 columns 24.4,
-# 29.5, 28.8 and 42.5. Within 4% or worse: 4 to 10 stages, 3 to 6 programs a processor, 8 warps.
-# What gained nothing: a launch that begins while the one before ends (-3 to 12%), and items in an
-# order that gives processors equally many blocks (32 at most instead of 40): the fixed part is three
-# loads that wait for each other and the sum of the last piece. On an H100 (copies at 2.97 TB/s,
-# cuBLAS 48 to 49, floor 11.3): blocks of 64 16.4 and 17.9 with 1 and 16 columns by the latter.
-# Not tuned: 32 and 128.
+# an H200 (8.0 is the floor of the bytes, cuBLAS takes 34 to 35) with 1, 8, 16 and 32 columns:
+# blocks of 64 by the first row's configuration 13.0, 13.1, 14.1 and 19.8, by that of 16 columns
+# 13.0, 14.5, 14.6 and 15.3; of 16 by that of 8 columns 21.9, 26.3, 33.6 and 36.4, by that of 16
+# columns 24.4, 29.5, 28.8 and 42.5. Within 4% or worse: 4 to 10 stages, 3 to 6 programs a
+# processor, 8 warps. What gained nothing: a launch that begins while the one before ends (-3 to
+# 12%), and items in an order that gives processors equally many blocks (32 at most instead of 40):
+# the fixed part is three loads that wait for each other and the sum of the last piece. On an H100
+# (copies at 2.97 TB/s, cuBLAS 48 to 49, floor 11.3): blocks of 64 16.4 and 17.9 with 1 and 16
+# columns by the latter. Not tuned: 32 and 128.
 CONFIGS_16_BIT = {
     (16, 8): Config(16, 512, 4, 3, 3),
     (16, 16): Config(16, 256, 4, 4, 4),
