@@ -50,7 +50,7 @@ def check(case: Case, given: Operands) -> Checked:
 
     def errors(name: str, tensor: Tensor) -> tuple[float, float]:
         pair = relative_error(tensor, exact[name]), relative_error(plain[name], exact[name])
-        check_error(f"{case.name}, {name}", *pair, case.dtype)
+        check_error(f"{case.name}, {name}", *pair, case.dtype, tf32=case.tf32)
         return pair
 
     error, dense_error = errors("out", out)

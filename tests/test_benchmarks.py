@@ -15,7 +15,15 @@ import sparse_layouts as sl
 from benchmarks import attention, bigbird, cpu, gpu_layouts, layouts, matmul, nm
 from benchmarks.__main__ import main
 from benchmarks.report import cells
-from benchmarks.timing import Row, WrongResult, attempt, check_error, host_time, selected
+from benchmarks.timing import (
+    TIMES_TF32,
+    Row,
+    WrongResult,
+    attempt,
+    check_error,
+    host_time,
+    selected,
+)
 from sparse_layouts.measuring import Timing
 
 QUICK = ["--quick", "--device", "cpu", "--threads", str(torch.get_num_threads())]
@@ -113,6 +121,24 @@ def test_an_error_beyond_the_dtype_is_found(error: float) -> None:
     check_error("x", 1.9e-7, 1e-7, torch.float32)
     with pytest.raises(WrongResult, match=r"x: relative error .* against float64"):
         check_error("x", error, 1e-7, torch.float32)
+
+
+def test_an_entry_that_is_cut_off_may_err_more_than_one_that_is_rounded() -> None:
+    entries = torch.randn(2, 2**20, dtype=torch.float64)
+    u = 2.0**-10
+    step = u * 2.0 ** entries.abs().log2().floor()
+    cut = (entries / step).trunc() * step
+    rounded = (entries / step).round() * step
+
+    def error(read: torch.Tensor) -> float:
+        products, exact = read.prod(0), entries.prod(0)
+        return float((products - exact).norm() / exact.norm())
+
+    assert 2.0 * error(rounded) < error(cut) < 2.0 * TIMES_TF32 * error(rounded)
+    assert error(cut) / error(rounded) == pytest.approx(TIMES_TF32, rel=0.1)
+    check_error("x", error(cut), error(rounded), torch.float32, tf32=True)
+    with pytest.raises(WrongResult):
+        check_error("x", error(cut), error(rounded), torch.float32)
 
 
 def timing(seconds: float) -> Timing:
