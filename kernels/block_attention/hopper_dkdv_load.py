@@ -226,6 +226,8 @@ def load_tile(
         lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
         cut = is_cut(columns_ptr, tile, first_row, last_row, PIECE)
         facts_s.index(stage).store(gl.where(lane == TILE, tile, cut))
+    # of its own, because all lanes have to have stored before it: `expect` does not wait for them
+    mbarrier.arrive(q_full.index(stage), count=1)
     mbarrier.expect(q_full.index(stage), 64 * D * 2)
     load_pieces(
         q_desc, q_s.index(stage), q_full.index(stage), columns_ptr, tile, batch, head, shift,
@@ -237,6 +239,35 @@ def load_tile(
         dout_desc, dout_s.index(stage), dout_full.index(stage), columns_ptr, tile, batch, head,
         shift, first_row, last_row, PIECE, D,
     )  # fmt: skip
+
+
+@gluon.jit
+def load_tiles(
+    q_desc, dout_desc, terms_ptr, q_s, dout_s, terms_s, facts_s, q_full, q_free, dout_full,
+    dout_free, columns_ptr, first, begin, end, turn, batch, head, start, shift, first_row, last_row,
+    SEQUENCES: gl.constexpr, PIECE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Tiles `first + begin` .. `first + end - 1`, of sequences those with rows; the turn after."""
+    if SEQUENCES:
+        for chunk in range(begin, end, 32):
+            bits = live_tiles(columns_ptr, first, end, chunk, first_row, last_row, PIECE)
+            for j in range(chunk, gl.minimum(chunk + 32, end)):
+                if (bits >> (j - chunk)) & 1 != 0:
+                    load_tile(
+                        q_desc, dout_desc, terms_ptr, q_s, dout_s, terms_s, facts_s, q_full, q_free,
+                        dout_full, dout_free, columns_ptr, first + j, turn, batch, head, start,
+                        shift, first_row, last_row, SEQUENCES, PIECE, D, STAGES,
+                    )  # fmt: skip
+                    turn += 1
+    else:
+        for j in range(begin, end):
+            load_tile(
+                q_desc, dout_desc, terms_ptr, q_s, dout_s, terms_s, facts_s, q_full, q_free,
+                dout_full, dout_free, columns_ptr, first + j, turn, batch, head, start, shift,
+                first_row, last_row, SEQUENCES, PIECE, D, STAGES,
+            )  # fmt: skip
+            turn += 1
+    return turn
 
 
 @gluon.jit
@@ -261,8 +292,7 @@ def produce(
     total = total_items(sequences_ptr, num_sequences, samples, groups, kv_heads)
     item = gl.atomic_add(counter_ptr, 1, sem="relaxed")
     while item < total:
-        # the next item's number comes while this one is loaded
-        following = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        following = item
         sequence, kv_head, rank = find_item(
             item, sequences_ptr, num_sequences, kv_heads, groups, bundle, samples
         )
@@ -301,28 +331,20 @@ def produce(
                     load_rows(k_desc, k_s.index(buffer), bar, batch, kv_head, key, 64, 0, D)
                     load_rows(v_desc, v_s.index(buffer), bar, batch, kv_head, key, 64, 0, D)
             start = (batch * heads + head).to(gl.int64) * num_queries
-            if SEQUENCES:
-                for chunk in range(0, every_tile, 32):
-                    bits = live_tiles(
-                        columns_ptr, first, every_tile, chunk, first_row, last_row, PIECE
-                    )
-                    for j in range(chunk, gl.minimum(chunk + 32, every_tile)):
-                        if (bits >> (j - chunk)) & 1 != 0:
-                            load_tile(
-                                q_desc, dout_desc, terms_ptr, q_s, dout_s, terms_s, facts_s,
-                                q_full, q_free, dout_full, dout_free, columns_ptr, first + j,
-                                tile_turn, batch, head, start, shift, first_row, last_row,
-                                SEQUENCES, PIECE, D, STAGES,
-                            )  # fmt: skip
-                            tile_turn += 1
-            else:
-                for j in range(every_tile):
-                    load_tile(
-                        q_desc, dout_desc, terms_ptr, q_s, dout_s, terms_s, facts_s, q_full,
-                        q_free, dout_full, dout_free, columns_ptr, first + j, tile_turn, batch,
-                        head, start, shift, first_row, last_row, SEQUENCES, PIECE, D, STAGES,
-                    )  # fmt: skip
-                    tile_turn += 1
+            some = gl.minimum(every_tile, STAGES)
+            tile_turn = load_tiles(
+                q_desc, dout_desc, terms_ptr, q_s, dout_s, terms_s, facts_s, q_full, q_free,
+                dout_full, dout_free, columns_ptr, first, 0, some, tile_turn, batch, head, start,
+                shift, first_row, last_row, SEQUENCES, PIECE, D, STAGES,
+            )  # fmt: skip
+            if m == 0:
+                # the next item is claimed while the consumers are busy with what is loaded
+                following = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+            tile_turn = load_tiles(
+                q_desc, dout_desc, terms_ptr, q_s, dout_s, terms_s, facts_s, q_full, q_free,
+                dout_full, dout_free, columns_ptr, first, some, every_tile, tile_turn, batch, head,
+                start, shift, first_row, last_row, SEQUENCES, PIECE, D, STAGES,
+            )  # fmt: skip
         kv_turn += 1
         item = following
     wait_free(read, turn, 2)
