@@ -1,4 +1,4 @@
-"""dk and dv of block_attention on Hopper: row terms, tuning and launches of the columns pass."""
+"""dk and dv of block_attention on Hopper: how the columns pass is tuned and launched."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from sparse_layouts.block_pattern import BlockPattern, transpose_pattern
@@ -39,76 +37,10 @@ L2_BYTES = 64_000_000
 # buffers of queries, by padded head size: as many as there is room for; not timed yet
 STAGES = {64: 4, 128: 3}
 MAX_REGISTERS = 168
+# the sums of one more power of two do not fit a warpgroup's registers
+MOST_HEAD_DIM = 128
 # keys of an item
 KEYS = NUM_UNITS.value * UNIT
-# rows that a program of `attention_terms` takes, by padded head size of v
-TERMS_ROWS = {16: 64, 32: 64, 64: 64, 128: 64, 256: 32}
-
-
-@triton.jit(do_not_specialize=["heads", "num_queries", "row_blocks", "value_dim"])
-def attention_terms(
-    out_ptr, dout_ptr, lse_ptr, dlse_ptr, terms_ptr,
-    stride_ob, stride_oh, stride_om, stride_od, stride_gb, stride_gh, stride_gm, stride_gd,
-    stride_lb, stride_lh, stride_lm, stride_db, stride_dh, stride_dm,
-    heads, num_queries, row_blocks, value_dim, ROWS: tl.constexpr, DV: tl.constexpr,
-):  # fmt: skip
-    """Of every row of q lse in base 2, then rowsum(dout * out) - dlse: (B, H, Nq, 2).
-
-    A row without entries has lse +inf, so that exp2 of anything less gives 0, and 0.
-    """
-    pid = tl.program_id(0)
-    block = pid % row_blocks
-    sample = pid // row_blocks
-    head = (sample % heads).to(tl.int64)
-    batch = (sample // heads).to(tl.int64)
-    query = block * ROWS + tl.arange(0, ROWS)
-    mask_m = query < num_queries
-    query = query.to(tl.int64)
-    offs_d = tl.arange(0, DV)
-    mask = mask_m[:, None] & (offs_d < value_dim)[None, :]
-    out_ptrs = out_ptr + batch * stride_ob + head * stride_oh + query[:, None] * stride_om
-    dout_ptrs = dout_ptr + batch * stride_gb + head * stride_gh + query[:, None] * stride_gm
-    out = tl.load(out_ptrs + (offs_d * stride_od)[None, :], mask=mask, other=0.0).to(tl.float32)
-    dout = tl.load(dout_ptrs + (offs_d * stride_gd)[None, :], mask=mask, other=0.0).to(tl.float32)
-    lse_ptrs = lse_ptr + batch * stride_lb + head * stride_lh + query * stride_lm
-    lse = tl.load(lse_ptrs, mask=mask_m, other=float("-inf"))
-    delta = tl.sum(out * dout, 1)
-    if dlse_ptr is not None:
-        dlse_ptrs = dlse_ptr + batch * stride_db + head * stride_dh + query * stride_dm
-        delta -= tl.load(dlse_ptrs, mask=mask_m, other=0.0)
-    empty = lse == float("-inf")
-    terms = terms_ptr + (sample.to(tl.int64) * num_queries + query) * 2
-    tl.store(terms, tl.where(empty, float("inf"), lse * 1.4426950408889634), mask=mask_m)
-    tl.store(terms + 1, tl.where(empty, 0.0, delta), mask=mask_m)
-
-
-def row_terms(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
-    """What both passes need of every row of q: lse in base 2 and delta, fp32 (B, H, Nq, 2)."""
-    batch, heads, nq, value_dim = out.shape
-    terms = torch.empty(batch, heads, nq, 2, device=out.device, dtype=torch.float32)
-    width = padded_head_dim(value_dim)
-    rows = TERMS_ROWS[width]
-    blocks = -(-nq // rows)
-    with torch.cuda.device_of(out):
-        attention_terms[(batch * heads * blocks,)](
-            out,
-            dout,
-            lse,
-            dlse,
-            terms,
-            *out.stride(),
-            *dout.stride(),
-            *lse.stride(),
-            *((0, 0, 0) if dlse is None else dlse.stride()),
-            heads,
-            nq,
-            blocks,
-            value_dim,
-            ROWS=rows,
-            DV=width,
-            num_warps=4,
-        )
-    return terms
 
 
 def gradient_of_keys(
@@ -129,8 +61,8 @@ def gradient_of_keys(
 ) -> None:
     """Writes `dk` and `dv`, with sequences only rows that belong to one; head sizes up to 128.
 
-    `terms` is what :func:`row_terms` makes; the pattern stores something, and the copy engine can
-    read the other operands and write the results.
+    `terms` is what `hopper_two_passes.row_terms` makes; the pattern stores something, and the copy
+    engine can read the other operands and write the results.
     """
     programs, arguments, options = _launch(
         dout, q, k, v, terms, dk, dv, pattern, head_map, scale, dropout_p, seed, sequences
@@ -226,13 +158,6 @@ def compilations() -> Iterator[Compilation]:
         yield _compilation(d, (64, 64), bf16, dropout=True)
         yield _compilation(d, (64, 64), bf16, sequences=True)
         yield _compilation(d, (16, 16), fp16, sequences=True, dropout=True)
-    given = {name: "*fp32" for name in ("lse_ptr", "dlse_ptr", "terms_ptr")}
-    given |= {"out_ptr": "*bf16", "dout_ptr": "*bf16"}
-    for width, rows in TERMS_ROWS.items():
-        constexprs = {"ROWS": rows, "DV": width} | ({} if width == 64 else {"dlse_ptr": None})
-        types = signature(attention_terms, given, constexprs)
-        options = {"num_warps": 4}
-        yield Compilation(f"terms-d{width}", attention_terms, types, constexprs, options, 90, 90)
 
 
 def _compilation(

@@ -220,14 +220,6 @@ def load_tile(
     stage = turn % STAGES
     lse, delta = load_terms(terms_ptr, columns_ptr, tile, start, shift, first_row, last_row, PIECE)
     wait_free(q_free, turn, STAGES)
-    terms_s.index(stage).slice(0, 64).store(lse)
-    terms_s.index(stage).slice(64, 64).store(delta)
-    if SEQUENCES:
-        lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
-        cut = is_cut(columns_ptr, tile, first_row, last_row, PIECE)
-        facts_s.index(stage).store(gl.where(lane == TILE, tile, cut))
-    # of its own, because all lanes have to have stored before it: `expect` does not wait for them
-    mbarrier.arrive(q_full.index(stage), count=1)
     mbarrier.expect(q_full.index(stage), 64 * D * 2)
     load_pieces(
         q_desc, q_s.index(stage), q_full.index(stage), columns_ptr, tile, batch, head, shift,
@@ -239,6 +231,15 @@ def load_tile(
         dout_desc, dout_s.index(stage), dout_full.index(stage), columns_ptr, tile, batch, head,
         shift, first_row, last_row, PIECE, D,
     )  # fmt: skip
+    # last, because they come by way of registers
+    terms_s.index(stage).slice(0, 64).store(lse)
+    terms_s.index(stage).slice(64, 64).store(delta)
+    if SEQUENCES:
+        lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+        cut = is_cut(columns_ptr, tile, first_row, last_row, PIECE)
+        facts_s.index(stage).store(gl.where(lane == TILE, tile, cut))
+    # a second arrival, after what all lanes store: `expect` does not wait for them
+    mbarrier.arrive(q_full.index(stage), count=1)
 
 
 @gluon.jit
