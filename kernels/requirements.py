@@ -153,6 +153,16 @@ def hopper_attention_backward(facts: Facts) -> str | None:
     return None
 
 
+def hopper_attention_two_passes(facts: Facts) -> str | None:
+    """As `hopper_attention`: blocks from 16 on, head sizes up to 256, sequences of several lengths,
+    and no workspace.
+    """
+    # It stands below `hopper_attention_backward`, which takes less but is the faster one where it
+    # does: by two passes the scores and their gradients are computed twice, seven products of tiles
+    # instead of five.
+    return hopper_attention(facts)
+
+
 # Up to 32 columns, as powers of two count, the kernel for few columns is the faster one. One H200,
 # bf16, a quarter of the blocks of 64 stored, us of Hopper's kernel and of that one: 64 columns 12.0
 # and 17.0 (4096 x 4096), 25.7 and 21.7 (8192 x 8192), 128 columns 11.3 and 16.7, 20.8 and 27.6

@@ -55,6 +55,12 @@ register_kernel(
     requirements.hopper_attention_backward,
 )
 register_kernel(
+    BACKWARD,
+    "hopper_two_passes",
+    f"{_HERE}.hopper_two_passes:{BACKWARD}",
+    requirements.hopper_attention_two_passes,
+)
+register_kernel(
     BACKWARD, "triton", f"{_HERE}.triton_backward:{BACKWARD}", requirements.triton_attention
 )
 register_kernel(BACKWARD, "cpu", f"{_HERE}.cpu_backward:{BACKWARD}", requirements.cpu)

@@ -43,7 +43,7 @@ def _prepared(row: Kernel | None, name: str) -> Any:
     """
     if row is None or ".block_attention.hopper_" not in row.source or not can_pack():
         return None
-    return getattr(importlib.import_module(row.source.partition(":")[0]), name)
+    return getattr(importlib.import_module(row.source.partition(":")[0]), name, None)
 
 
 class Settled:

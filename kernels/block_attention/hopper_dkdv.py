@@ -1,0 +1,194 @@
+"""dk and dv of block_attention on Hopper: how the columns pass is tuned and launched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_layouts.block_pattern import BlockPattern, transpose_pattern
+from sparse_layouts.kernels.ahead_of_time import Compilation
+from sparse_layouts.kernels.block_attention.heads import shared_lists
+from sparse_layouts.kernels.block_attention.hopper_common import bundle_size
+from sparse_layouts.kernels.block_attention.hopper_dkdv_kernel import hopper_attention_dkdv
+from sparse_layouts.kernels.block_attention.hopper_dkdv_load import NUM_UNITS
+from sparse_layouts.kernels.block_attention.hopper_forward import sequence_table
+from sparse_layouts.kernels.block_attention.reference import dropout_threshold
+from sparse_layouts.kernels.block_attention.sequences import Sequences
+from sparse_layouts.kernels.block_attention.triton_common import (
+    kept_scale,
+    padded_head_dim,
+    signature,
+)
+from sparse_layouts.kernels.block_attention.unit_schedule import UNIT, unit_schedule
+from sparse_layouts.kernels.hopper_common import (
+    multiprocessors,
+    rows_descriptor,
+    rows_descriptor_type,
+    work_counter,
+)
+from sparse_layouts.kernels.triton_common import DTYPE_NAMES
+
+# Keys, values, queries and their gradients of the heads worked on together; as the pass that keeps
+# a workspace has it.
+L2_BYTES = 64_000_000
+# buffers of queries, by padded head size: as many as there is room for; not timed yet
+STAGES = {64: 4, 128: 3}
+MAX_REGISTERS = 168
+# the sums of one more power of two do not fit a warpgroup's registers
+MOST_HEAD_DIM = 128
+# keys of an item
+KEYS = NUM_UNITS.value * UNIT
+
+
+def gradient_of_keys(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    terms: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    pattern: BlockPattern,
+    head_map: Tensor,
+    *,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    sequences: Sequences | None,
+) -> None:
+    """Writes `dk` and `dv`, with sequences only rows that belong to one; head sizes up to 128.
+
+    `terms` is what `hopper_two_passes.row_terms` makes; the pattern stores something, and the copy
+    engine can read the other operands and write the results.
+    """
+    programs, arguments, options = _launch(
+        dout, q, k, v, terms, dk, dv, pattern, head_map, scale, dropout_p, seed, sequences
+    )
+    with torch.cuda.device_of(q):
+        hopper_attention_dkdv[(programs,)](**arguments, **options)
+
+
+def _launch(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    terms: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    pattern: BlockPattern,
+    head_map: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    sequences: Sequences | None,
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """How many programs, arguments by name, constants and options."""
+    (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
+    (m, _), (bm, bn) = pattern.shape, pattern.block_size
+    d = max(64, padded_head_dim(max(head_dim, value_dim)))
+    group, samples = heads // kv_heads, batch * kv_heads
+    table = None
+    if sequences is None:
+        # the query heads of a key head visit its keys together: their lists are paired alike
+        alike = shared_lists(pattern, head_map, group)
+    else:
+        # both units of an item lie in one sequence as neighbours do
+        alike = False
+        table = sequence_table(sequences, nq, nk, pattern, KEYS, q.device, keys=KEYS)
+    transposed = transpose_pattern(pattern)
+    schedule = unit_schedule(transposed, NUM_UNITS.value, UNIT, pair_by_length=alike)
+    groups = schedule.rows.shape[1]
+    items = samples * groups
+    if sequences is not None:
+        items = kv_heads * (batch * (nk // KEYS + 1) + sequences.num_sequences)
+    piece = min(bm, UNIT)
+    streamed = group * 4 * nq * d * q.element_size()
+    arguments = {
+        "q_desc": rows_descriptor(q, piece),
+        "k_desc": rows_descriptor(k, UNIT),
+        "v_desc": rows_descriptor(v, UNIT),
+        "dout_desc": rows_descriptor(dout, piece),
+        "dk_desc": rows_descriptor(dk, UNIT),
+        "dv_desc": rows_descriptor(dv, UNIT),
+        "dk_ptr": dk,
+        "dv_ptr": dv,
+        "terms_ptr": terms,
+        "counter_ptr": work_counter(q.device, torch.cuda.current_stream(q.device).cuda_stream),
+        "head_map_ptr": head_map,
+        "rows_ptr": schedule.heaviest_first if alike else schedule.rows,
+        "columns_ptr": schedule.columns,
+        "flags_ptr": schedule.flags,
+        "block_tiles_ptr": schedule.block_tiles,
+        "log_counts_ptr": schedule.log_counts,
+        "tiles_ptr": transposed.tiles,
+        "sequences_ptr": table,
+        "seed_ptr": seed,
+        "heads": heads,
+        "group": group,
+        "groups": groups,
+        "bundle": bundle_size(samples, streamed, L2_BYTES),
+        "samples": samples,
+        "stride_map": 0 if head_map.shape[0] == 1 else head_map.stride(0),
+        "row_offset": m - nq,
+        "num_queries": nq,
+        "num_keys": nk,
+        "num_rows": m,
+        "num_sequences": 0 if sequences is None else sequences.num_sequences,
+        "packed": 0 if sequences is None else int(sequences.packed),
+        "scale": scale,
+        "threshold": dropout_threshold(dropout_p),
+        "keep_scale": kept_scale(dropout_p),
+    }
+    options = {"BM": bm, "BN": bn, "PIECE": piece, "D": d, "STAGES": STAGES[d]}
+    options |= {"num_warps": 4, "maxnreg": MAX_REGISTERS}
+    return min(multiprocessors(q.device), items), arguments, options
+
+
+def compilations() -> Iterator[Compilation]:
+    """Both head sizes on blocks of every kind, and every feature once."""
+    bf16, fp16 = torch.bfloat16, torch.float16
+    for d in (128, 64):
+        for block in ((64, 64), (16, 16), (32, 32), (128, 128), (16, 128), (128, 32)):
+            yield _compilation(d, block, bf16)
+        yield _compilation(d, (64, 64), fp16, tiles=False, counts=True)
+        yield _compilation(d, (64, 64), bf16, dropout=True)
+        yield _compilation(d, (64, 64), bf16, sequences=True)
+        yield _compilation(d, (16, 16), fp16, sequences=True, dropout=True)
+
+
+def _compilation(
+    d: int,
+    block: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    tiles: bool = True,
+    counts: bool = False,
+    dropout: bool = False,
+    sequences: bool = False,
+) -> Compilation:
+    bm, bn = block
+    piece = min(bm, UNIT)
+    constexprs = {"BM": bm, "BN": bn, "PIECE": piece, "D": d, "STAGES": STAGES[d]}
+    features = {"tiles": tiles, "log_counts": counts, "sequences": sequences, "seed": dropout}
+    constexprs |= {f"{name}_ptr": None for name, there in features.items() if not there}
+    given = dict.fromkeys(("q_desc", "dout_desc"), rows_descriptor_type(dtype, piece))
+    given |= dict.fromkeys(
+        ("k_desc", "v_desc", "dk_desc", "dv_desc"), rows_descriptor_type(dtype, UNIT)
+    )
+    given |= dict.fromkeys(("terms_ptr", "log_counts_ptr"), "*fp32")
+    given |= dict.fromkeys(("dk_ptr", "dv_ptr"), f"*{DTYPE_NAMES[dtype]}")
+    given["seed_ptr"] = "*i64"
+    on = [name for name, there in features.items() if there]
+    return Compilation(
+        "-".join([f"block{bm}x{bn}", f"d{d}", DTYPE_NAMES[dtype], *on]),
+        hopper_attention_dkdv,
+        signature(hopper_attention_dkdv, given, constexprs),
+        constexprs,
+        {"num_warps": 4, "maxnreg": MAX_REGISTERS},
+        90,
+        90,
+    )

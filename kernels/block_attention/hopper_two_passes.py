@@ -1,0 +1,151 @@
+"""block_attention backward on Hopper in two passes without a workspace, both in Gluon: by row for
+dq, by column for dk and dv.
+
+Each pass computes the scores, seven products of tiles where a workspace makes it five, so that
+nothing has to match between them: any blocks from 16 on, head sizes up to 256, sequences of several
+lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_layouts.block_pattern import BlockPattern
+from sparse_layouts.kernels.ahead_of_time import Compilation
+from sparse_layouts.kernels.block_attention import hopper_dkdv
+from sparse_layouts.kernels.block_attention.sequences import Sequences
+from sparse_layouts.kernels.block_attention.triton_common import (
+    padded_head_dim,
+    signature,
+    tma_ready,
+)
+
+# rows that a program of `attention_terms` takes, by padded head size of v
+TERMS_ROWS = {128: 64, 64: 64, 256: 32, 32: 64, 16: 64}
+
+
+@triton.jit(do_not_specialize=["heads", "num_queries", "row_blocks", "value_dim"])
+def attention_terms(
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, terms_ptr,
+    stride_ob, stride_oh, stride_om, stride_od, stride_gb, stride_gh, stride_gm, stride_gd,
+    stride_lb, stride_lh, stride_lm, stride_db, stride_dh, stride_dm,
+    heads, num_queries, row_blocks, value_dim, ROWS: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Of every row of q lse in base 2, then rowsum(dout * out) - dlse: (B, H, Nq, 2).
+
+    A row without entries has lse +inf, so that exp2 of anything less gives 0, and 0.
+    """
+    pid = tl.program_id(0)
+    block = pid % row_blocks
+    sample = pid // row_blocks
+    head = (sample % heads).to(tl.int64)
+    batch = (sample // heads).to(tl.int64)
+    query = block * ROWS + tl.arange(0, ROWS)
+    mask_m = query < num_queries
+    query = query.to(tl.int64)
+    offs_d = tl.arange(0, DV)
+    mask = mask_m[:, None] & (offs_d < value_dim)[None, :]
+    out_ptrs = out_ptr + batch * stride_ob + head * stride_oh + query[:, None] * stride_om
+    dout_ptrs = dout_ptr + batch * stride_gb + head * stride_gh + query[:, None] * stride_gm
+    out = tl.load(out_ptrs + (offs_d * stride_od)[None, :], mask=mask, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptrs + (offs_d * stride_gd)[None, :], mask=mask, other=0.0).to(tl.float32)
+    lse_ptrs = lse_ptr + batch * stride_lb + head * stride_lh + query * stride_lm
+    lse = tl.load(lse_ptrs, mask=mask_m, other=float("-inf"))
+    delta = tl.sum(out * dout, 1)
+    if dlse_ptr is not None:
+        dlse_ptrs = dlse_ptr + batch * stride_db + head * stride_dh + query * stride_dm
+        delta -= tl.load(dlse_ptrs, mask=mask_m, other=0.0)
+    empty = lse == float("-inf")
+    terms = terms_ptr + (sample.to(tl.int64) * num_queries + query) * 2
+    tl.store(terms, tl.where(empty, float("inf"), lse * 1.4426950408889634), mask=mask_m)
+    tl.store(terms + 1, tl.where(empty, 0.0, delta), mask=mask_m)
+
+
+def block_attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pattern: BlockPattern,
+    head_map: Tensor,
+    *,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_base: Tensor | None = None,
+    dbias_base: Tensor | None = None,
+    dbias_blocks: int = 0,
+    sequences: Sequences | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`(dq, dk, dv, None)` as the reference defines them, in bf16 or fp16, without a bias.
+
+    Takes 8 bytes a query and head beside the results.
+    """
+    assert bias is None, "its requirement excludes a bias"
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    nothing = pattern.num_blocks == 0 or any(t.numel() == 0 for t in (q, k, v))
+    if nothing or sequences is not None:  # rows of no sequence are not written
+        dq.zero_(), dk.zero_(), dv.zero_()
+    if nothing:
+        return dq, dk, dv, None
+    from sparse_layouts.kernels.block_attention import hopper_dkdv_wide, hopper_dq
+
+    if seed is None or dropout_p <= 0:
+        dropout_p, seed = 0.0, None
+    dout = dout if tma_ready(dout) else dout.contiguous()
+    terms = row_terms(out, dout, lse, dlse)
+    wide = max(q.shape[-1], v.shape[-1]) > hopper_dkdv.MOST_HEAD_DIM
+    by_column = (hopper_dkdv_wide if wide else hopper_dkdv).gradient_of_keys
+    options = {"scale": scale, "dropout_p": dropout_p, "seed": seed, "sequences": sequences}
+    by_column(dout, q, k, v, terms, dk, dv, pattern, head_map, **options)
+    hopper_dq.gradient_of_queries(dout, q, k, v, terms, dq, pattern, head_map, **options)
+    return dq, dk, dv, None
+
+
+def row_terms(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
+    """What both passes need of every row of q: lse in base 2 and delta, fp32 (B, H, Nq, 2)."""
+    batch, heads, nq, value_dim = out.shape
+    terms = torch.empty(batch, heads, nq, 2, device=out.device, dtype=torch.float32)
+    width = padded_head_dim(value_dim)
+    rows = TERMS_ROWS[width]
+    blocks = -(-nq // rows)
+    with torch.cuda.device_of(out):
+        attention_terms[(batch * heads * blocks,)](
+            out,
+            dout,
+            lse,
+            dlse,
+            terms,
+            *out.stride(),
+            *dout.stride(),
+            *lse.stride(),
+            *((0, 0, 0) if dlse is None else dlse.stride()),
+            heads,
+            nq,
+            blocks,
+            value_dim,
+            ROWS=rows,
+            DV=width,
+            num_warps=4,
+        )
+    return terms
+
+
+def compilations() -> Iterator[Compilation]:
+    """Every head size of the terms; the passes list their own."""
+    given = {name: "*fp32" for name in ("lse_ptr", "dlse_ptr", "terms_ptr")}
+    given |= {"out_ptr": "*bf16", "dout_ptr": "*bf16"}
+    for width, rows in TERMS_ROWS.items():
+        constexprs = {"ROWS": rows, "DV": width} | ({} if width == 64 else {"dlse_ptr": None})
+        types = signature(attention_terms, given, constexprs)
+        options = {"num_warps": 4}
+        yield Compilation(f"terms-d{width}", attention_terms, types, constexprs, options, 90, 90)
