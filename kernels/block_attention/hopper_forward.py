@@ -183,7 +183,7 @@ def _launch(
     items = samples * (groups - first_group)
     table = None
     if sequences is not None:
-        table = _sequence_table(sequences, nq, nk, pattern, units * 64, q.device)
+        table = sequence_table(sequences, nq, nk, pattern, units * 64, q.device)
         tiles = nq // (units * 64) + 2
         extra = 2 * sequences.num_sequences if sequences.packed else 0
         items = heads * (tiles * batch + extra)
@@ -250,7 +250,7 @@ def _constants(tuning: Tuning, d: int, piece: int) -> dict[str, int]:
     }
 
 
-def _sequence_table(
+def sequence_table(
     sequences: Sequences, nq: int, nk: int, pattern: BlockPattern, rows: int, device: torch.device
 ) -> Tensor:
     """What the producer reads of sequences, made on the device: see `sequence_tiles`."""
