@@ -213,13 +213,14 @@ def dropout_keep(seed, threshold, batch, head, rows, columns):
 def sequence_tiles(
     q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr, table_ptr,
     num_sequences, query_rows, key_rows, mask_rows, mask_columns,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, KEY_TILE: tl.constexpr = 128,
 ):  # fmt: skip
     """Of every sequence, 8 numbers: the tiles of all before it, its first tile of rows, what to add
     to a row of the mask for its query, its first row and the one after its last, its first key, how
-    many keys. One program.
+    many keys, and the tiles of keys of all before it. One program.
     """
     total = 0
+    key_total = 0
     for first in range(0, num_sequences, BLOCK):
         b = first + tl.arange(0, BLOCK)
         inside = b < num_sequences
@@ -247,9 +248,14 @@ def sequence_tiles(
         tl.store(row + 3, first_row, mask=inside)
         tl.store(row + 4, end_row, mask=inside)
         tl.store(row + 5, k_start, mask=inside)
-        tl.store(row + 6, tl.minimum(k_len, mask_columns), mask=inside)
+        keys = tl.minimum(k_len, mask_columns)
+        tl.store(row + 6, keys, mask=inside)
         total += tl.sum(count, 0)
+        count = tl.where(end_row > first_row, (keys + KEY_TILE - 1) // KEY_TILE, 0)
+        tl.store(row + 7, key_total + tl.cumsum(count, 0) - count, mask=inside)
+        key_total += tl.sum(count, 0)
     tl.store(table_ptr + num_sequences * 8, total)
+    tl.store(table_ptr + num_sequences * 8 + 7, key_total)
 
 
 # --- on the host ----------------------------------------------------------------------------------

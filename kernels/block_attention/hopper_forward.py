@@ -251,9 +251,18 @@ def _constants(tuning: Tuning, d: int, piece: int) -> dict[str, int]:
 
 
 def sequence_table(
-    sequences: Sequences, nq: int, nk: int, pattern: BlockPattern, rows: int, device: torch.device
+    sequences: Sequences,
+    nq: int,
+    nk: int,
+    pattern: BlockPattern,
+    rows: int,
+    device: torch.device,
+    *,
+    keys: int = 128,
 ) -> Tensor:
-    """What the producer reads of sequences, made on the device: see `sequence_tiles`."""
+    """What producers read of sequences, made on the device: see `sequence_tiles`. `rows` and `keys`
+    are those of an item of queries, and of one of keys.
+    """
     num = sequences.num_sequences
     table = torch.empty(num + 1, 8, device=device, dtype=torch.int32)
     sequence_tiles[(1,)](
@@ -268,6 +277,7 @@ def sequence_table(
         *pattern.shape,
         TILE=rows,
         BLOCK=128,
+        KEY_TILE=keys,
         num_warps=4,
     )
     return table
@@ -288,7 +298,7 @@ def compilations() -> Iterator[Compilation]:
     yield _compilation(64, 16, fp16, sequences=True, dropout=True)
     yield _compilation(256, 64, bf16, sequences=True)
     yield _compilation(128, 64, bf16, scaled=True)
-    constexprs = {"TILE": 128, "BLOCK": 128, "q_starts_ptr": None}
+    constexprs = {"TILE": 128, "BLOCK": 128, "KEY_TILE": 128, "q_starts_ptr": None}
     types = signature(sequence_tiles, {}, constexprs)
     yield Compilation("tiles", sequence_tiles, types, constexprs, {"num_warps": 4}, 90, 90)
 
