@@ -123,10 +123,11 @@ def stored_words(
             columns_ptr, block_tiles_ptr, tiles_ptr, tile, 0, sub_row, in_block, num_keys,
             BM, BN, PIECE, TN, WIDTH,
         )  # fmt: skip
-        w1 = _word(
-            columns_ptr, block_tiles_ptr, tiles_ptr, tile, 1, sub_row, in_block, num_keys,
-            BM, BN, PIECE, TN, WIDTH,
-        )  # fmt: skip
+        if TN > 32:
+            w1 = _word(
+                columns_ptr, block_tiles_ptr, tiles_ptr, tile, 1, sub_row, in_block, num_keys,
+                BM, BN, PIECE, TN, WIDTH,
+            )  # fmt: skip
         if TN > 64:
             w2 = _word(
                 columns_ptr, block_tiles_ptr, tiles_ptr, tile, 2, sub_row, in_block, num_keys,
@@ -149,7 +150,9 @@ def select(x, w0, w1, w2, w3, otherwise):
     TN: gl.constexpr = x.shape[1]
     COLUMNS: gl.constexpr = gl.SliceLayout(0, x.type.layout)
     c = gl.arange(0, TN, layout=COLUMNS)[None, :]
-    word = gl.where(c < 32, w0[:, None], w1[:, None])
+    word = w0[:, None]
+    if TN > 32:
+        word = gl.where(c < 32, word, w1[:, None])
     if TN > 64:
         word = gl.where(c < 64, word, gl.where(c < 96, w2[:, None], w3[:, None]))
     bit = (word >> (c & 7)) & (1 << (c & 24))

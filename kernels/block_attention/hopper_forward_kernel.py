@@ -22,7 +22,6 @@ from sparse_layouts.kernels.block_attention import unit_schedule
 from sparse_layouts.kernels.block_attention.hopper_common import (
     BATCH,
     HEAD,
-    ITEM,
     LN2,
     LOG2E,
     dropout_keep,
@@ -35,30 +34,24 @@ from sparse_layouts.kernels.block_attention.hopper_common import (
 )
 from sparse_layouts.kernels.block_attention.hopper_forward_load import (
     FIRST_ROW,
-    KEYS,
     LAST_ROW,
     SEQUENCE,
     SHIFT,
     produce,
 )
+from sparse_layouts.kernels.block_attention.hopper_rows import (
+    cut_keys,
+    pass_over,
+    reaches,
+    read_item,
+    tile_flag,
+)
 from sparse_layouts.kernels.hopper_common import ROWS_LAYOUT, field, wait_full
 
-START, TILES = gl.constexpr(unit_schedule.START), gl.constexpr(unit_schedule.TILES)
-UNITS = gl.constexpr(unit_schedule.UNITS)
-BEGIN, END = gl.constexpr(unit_schedule.RUN_BEGIN), gl.constexpr(unit_schedule.RUN_END)
+TILES, END = gl.constexpr(unit_schedule.TILES), gl.constexpr(unit_schedule.RUN_END)
 INTEGERS = ["heads", "group", "groups", "bundle", "samples", "stride_map", "stride_rows"]
 INTEGERS += ["first_group", "row_offset", "num_queries", "num_keys", "num_sequences", "threshold"]
 INTEGERS += ["packed", "stride_lse", "wants_lse"]
-
-
-@gluon.jit
-def _pass_over(k_full, k_free, v_full, v_free, begin, end, STAGES: gl.constexpr):
-    """Releases tiles that are for another warpgroup."""
-    for turn in range(begin, end):
-        wait_full(k_full, turn, STAGES)
-        mbarrier.arrive(k_free.index(turn % STAGES), count=1)
-        wait_full(v_full, turn, STAGES)
-        mbarrier.arrive(v_free.index(turn % STAGES), count=1)
 
 
 @gluon.jit
@@ -93,58 +86,6 @@ def _softmax(s, peak, norm, rate):
     p = gl.exp2(s * rate - shift[:, None])
     decay = gl.exp2(peak - shift)
     return p, new_peak, norm * decay + gl.sum(p, 1), decay
-
-
-@gluon.jit
-def _reaches(columns_ptr, tile, num_keys, pred, PIECE: gl.constexpr, TN: gl.constexpr):
-    """4, as a flag, where a tile has other keys than those of its sequence, else 0."""
-    SLOTS: gl.constexpr = TN // PIECE
-    over = num_keys < num_keys
-    for i in gl.static_range(SLOTS):
-        column = gl.load(columns_ptr + tile * SLOTS + i, mask=pred, other=0)
-        over = over | (column < 0) | ((column + 1) * PIECE > num_keys)
-    return (over & pred).to(gl.int32) * 4
-
-
-@gluon.jit
-def _cut_values(buffer, columns_ptr, tile, num_keys, PIECE: gl.constexpr):
-    """Zeros in the rows of a tile of values that are no keys of the sequence: 0 * NaN is NaN."""
-    TN: gl.constexpr = buffer.shape[0]
-    D: gl.constexpr = buffer.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    rows = gl.arange(0, TN, layout=gl.SliceLayout(1, layout))
-    keys = gl.load(columns_ptr + tile * (TN // PIECE) + rows // PIECE) * PIECE + rows % PIECE
-    v = buffer.load(layout)
-    own = (keys >= 0) & (keys < num_keys)
-    buffer.store(gl.where(own[:, None], v, gl.zeros([TN, D], v.dtype, layout)))
-    fence_async_shared()
-
-
-@gluon.jit
-def _read(items, place, OWN: gl.constexpr):
-    """Of an item its number (-1: none), its first tile, the unit, the first tile that it needs,
-    the keys there are.
-    """
-    begin = gl.maximum(field(items, place, BEGIN + OWN), 0)
-    return (
-        field(items, place, ITEM),
-        field(items, place, START),
-        field(items, place, UNITS + OWN),
-        begin,
-        field(items, place, KEYS),
-    )
-
-
-@gluon.jit
-def _flag(
-    flags_ptr, columns_ptr, sequences_ptr, tile, num_keys, pred,
-    OWN: gl.constexpr, PIECE: gl.constexpr, TN: gl.constexpr,
-):  # fmt: skip
-    """0 where a warpgroup needs no mask for a tile."""
-    flag = (gl.load(flags_ptr + tile, mask=pred, other=0) >> (2 * OWN)) & 3
-    if sequences_ptr is not None:
-        flag = flag | _reaches(columns_ptr, tile, num_keys, pred, PIECE, TN)
-    return flag
 
 
 @gluon.jit
@@ -184,7 +125,7 @@ def _consume(
     turn = 0
     base = 0
     wait_full(ready, 0, QUERIES)
-    item, first, unit, begin, num_keys = _read(items, 0, OWN)
+    item, first, unit, begin, num_keys = read_item(items, 0, OWN)
     s = zero
     flag = 0
     w0 = gl.full([64], -1, gl.int32, ROWS)
@@ -201,8 +142,8 @@ def _consume(
         tile = first + begin
         if LATE | (turn == 0):
             # scores that no product of an item before could run beside
-            _pass_over(k_full, k_free, v_full, v_free, base, start, STAGES)
-            flag = _flag(
+            pass_over(k_full, k_free, v_full, v_free, base, start, STAGES)
+            flag = tile_flag(
                 flags_ptr, columns_ptr, sequences_ptr, tile, num_keys, True, OWN, PIECE, TN
             )
             w0, w1, w2, w3 = stored_words(
@@ -243,8 +184,8 @@ def _consume(
             wait_full(v_full, c, STAGES)
             values = v_s.index(c % STAGES).reshape([TN, D])
             if sequences_ptr is not None:
-                if _reaches(columns_ptr, tile, num_keys, True, PIECE, TN) != 0:
-                    _cut_values(values, columns_ptr, tile, num_keys, PIECE)
+                if reaches(columns_ptr, tile, num_keys, True, PIECE, TN) != 0:
+                    cut_keys(values, columns_ptr, tile, num_keys, PIECE)
             product = warpgroup_mma(p16, values, acc, is_async=True)
             ahead = c + 1
             tile += 1
@@ -256,7 +197,7 @@ def _consume(
                     # passed over before the next item is waited for, which comes behind them
                     warpgroup_mma_wait(0, deps=(product, p16))
                     mbarrier.arrive(v_free.index(last % STAGES), count=1)
-                    _pass_over(k_full, k_free, v_full, v_free, last + 1, end, STAGES)
+                    pass_over(k_full, k_free, v_full, v_free, last + 1, end, STAGES)
                 if LATE:
                     # once more the scores of a tile that is there, for nothing
                     ahead = last
@@ -264,7 +205,7 @@ def _consume(
                     wait_full(ready, turn + 1, QUERIES)
                     next_place = (turn + 1) % QUERIES
                     next_q = next_place * NUM_UNITS + u
-                    item, first, unit, begin, num_keys = _read(items, next_place, OWN)
+                    item, first, unit, begin, num_keys = read_item(items, next_place, OWN)
                     more = item >= 0
                     ahead = end + begin
                     tile = first + begin
@@ -272,9 +213,9 @@ def _consume(
                         warpgroup_mma_wait(0, deps=(product, p16))
                         mbarrier.arrive(v_free.index(last % STAGES), count=1, pred=held)
                         held = False
-                        _pass_over(k_full, k_free, v_full, v_free, end, ahead, STAGES)
+                        pass_over(k_full, k_free, v_full, v_free, end, ahead, STAGES)
                     wait_full(q_full, turn + 1, QUERIES, more)
-            flag = _flag(
+            flag = tile_flag(
                 flags_ptr, columns_ptr, sequences_ptr, tile, num_keys, more, OWN, PIECE, TN
             )
             wait_full(k_full, ahead, STAGES, more)
@@ -327,7 +268,7 @@ def _consume(
         if LATE:
             mbarrier.arrive(q_free.index(place), count=1)
             wait_full(ready, turn, QUERIES)
-            item, first, unit, begin, num_keys = _read(items, turn % QUERIES, OWN)
+            item, first, unit, begin, num_keys = read_item(items, turn % QUERIES, OWN)
     tma.store_wait(0)
 
 

@@ -39,7 +39,7 @@ def _find(item, sequences_ptr, num_sequences, heads):
 
 
 @gluon.jit
-def _claim(
+def claim(
     counter_ptr, rows_ptr, head_map_ptr, sequences_ptr, heads, groups, bundle, samples, stride_map,
     stride_rows, first_group, row_offset, num_queries, num_keys, num_sequences, packed,
     HEADS_EACH: gl.constexpr,
@@ -94,14 +94,14 @@ def _claim(
 
 
 @gluon.jit
-def _pick(x, which: gl.constexpr):
+def pick(x, which: gl.constexpr):
     """A lane's number, to the producer itself."""
     lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     return gl.sum(gl.where(lane == which, x, 0), 0)
 
 
 @gluon.jit
-def _load_tiles(
+def load_tiles(
     k_desc, v_desc, k_s, v_s, k_full, k_free, v_full, v_free, columns_ptr, first, begin, end, turn,
     batch, kv_head, first_key,
     PIECE: gl.constexpr, TN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
@@ -142,18 +142,18 @@ def produce(
     W: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     tile_turn = 0
     turn = 0
-    more, x, row = _claim(
+    more, x, row = claim(
         counter_ptr, rows_ptr, head_map_ptr, sequences_ptr, heads, groups, bundle, samples,
         stride_map, stride_rows, first_group, row_offset, num_queries, num_keys, num_sequences,
         packed, HEADS_EACH,
     )  # fmt: skip
     while more:
-        batch = _pick(x, BATCH)
-        head = _pick(x, HEAD)
-        shift = _pick(x, SHIFT)
-        first_key = _pick(x, FIRST_KEY)
-        first = _pick(x, START)
-        tiles = _pick(x, TILES)
+        batch = pick(x, BATCH)
+        head = pick(x, HEAD)
+        shift = pick(x, SHIFT)
+        first_key = pick(x, FIRST_KEY)
+        first = pick(x, START)
+        tiles = pick(x, TILES)
         kv_head = head // group
         place = turn % QUERIES
         wait_free(q_free, turn, QUERIES)
@@ -172,17 +172,17 @@ def produce(
                 unit * 64 + shift, 64, 0, D,
             )  # fmt: skip
         some = gl.minimum(tiles, STAGES)
-        _load_tiles(
+        load_tiles(
             k_desc, v_desc, k_s, v_s, k_full, k_free, v_full, v_free, columns_ptr, first, 0, some,
             tile_turn, batch, kv_head, first_key, PIECE, TN, D, STAGES,
         )  # fmt: skip
         # the next item is claimed while the consumers are still busy with what is loaded
-        more, next_x, row = _claim(
+        more, next_x, row = claim(
             counter_ptr, rows_ptr, head_map_ptr, sequences_ptr, heads, groups, bundle, samples,
             stride_map, stride_rows, first_group, row_offset, num_queries, num_keys, num_sequences,
             packed, HEADS_EACH,
         )  # fmt: skip
-        _load_tiles(
+        load_tiles(
             k_desc, v_desc, k_s, v_s, k_full, k_free, v_full, v_free, columns_ptr, first, some,
             tiles, tile_turn, batch, kv_head, first_key, PIECE, TN, D, STAGES,
         )  # fmt: skip

@@ -21,7 +21,7 @@ from tests.conftest import HAS_TRITON, INTERPRETED
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "kernels"
 # files whose kernels others launch
-SHARED = ("triton_common", "triton_sequences", "hopper_common", "hopper_products")
+SHARED = ("triton_common", "triton_sequences", "hopper_common", "hopper_products", "hopper_rows")
 PARTS = ("_kernel", "_load")
 CAPABILITIES = (80, 90, 100)
 FIRST_CAPABILITIES = (80, 90)
