@@ -30,18 +30,17 @@ from sparse_layouts.kernels.triton_common import DTYPE_NAMES
 
 
 class Tuning(NamedTuple):
-    """Buffers of queries and of probabilities; registers a thread at the start, of the second
-    warpgroup and of the producer.
+    """Buffers of queries; registers a thread at the start, of each warpgroup that multiplies, of
+    the producer.
     """
 
     stages: int = 2
-    parts: int = 1
     max_registers: int = 168
     registers: int = 224
     load_registers: int = 56
 
 
-# Not measured. A second buffer of probabilities (16 KB) would fit without the words of the masks.
+# Not measured. With these, only dropout spills registers to speak of.
 TUNING = Tuning()
 D = 256
 # Queries and their gradients of the heads worked on together; half of an H200's L2.
@@ -136,7 +135,6 @@ def _constants(bm: int, bn: int) -> dict[str, int]:
         "PIECE": min(bm, UNIT),
         "D": D,
         "STAGES": TUNING.stages,
-        "PARTS": TUNING.parts,
         "REGISTERS": TUNING.registers,
         "LOAD_REGISTERS": TUNING.load_registers,
     }

@@ -33,7 +33,6 @@ from sparse_layouts.kernels.block_attention.hopper_dkdv_wide_load import (
     CLOSES,
     CUT,
     ITEMS,
-    OPENS,
     TESTED,
     TILE,
     TILE_HEAD,
@@ -94,7 +93,7 @@ def _sum_values(
     dv_desc, dv_ptr, shared, columns_ptr, log_counts_ptr, sequences_ptr, seed_ptr, scale,
     threshold, keep_scale,
     BM: gl.constexpr, BN: gl.constexpr, PIECE: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The first warpgroup: probabilities and dv.
 
@@ -132,8 +131,9 @@ def _sum_values(
     while tile >= 0:
         stage = turn % STAGES
         closes = field(facts_s, stage, CLOSES) != 0
-        # the scores were the last product with these keys
-        mbarrier.arrive(k_free.index(0), count=1, pred=closes)
+        if closes:
+            # the scores were the last product with these keys
+            mbarrier.arrive(k_free.index(0), count=1)
         lse = terms_s.index(stage).slice(0, 64).load(COLUMNS)
         x = s * scale2 - lse[None, :]
         tested = field(facts_s, stage, TESTED) != 0
@@ -160,9 +160,9 @@ def _sum_values(
             kept = gl.where(keep, p, 0.0)
             # the sign tells the other warpgroup what is dropped
             handed = gl.where(keep, p, -p)
-        wait_free(p_free, turn, PARTS)
-        p_s.index(turn % PARTS).store(handed)
-        mbarrier.arrive(p_full.index(turn % PARTS), count=1)
+        wait_free(p_free, turn, 1)
+        p_s.store(handed)
+        mbarrier.arrive(p_full.index(0), count=1)
         p16 = gl.convert_layout(kept.to(dtype), PL)
         wait_full(dout_full, turn, STAGES)
         dout = dout_s.index(stage).reshape([64, D])
@@ -170,8 +170,6 @@ def _sum_values(
             if field(facts_s, stage, CUT) != 0:
                 _cut(dout, terms_s.index(stage).slice(0, 64))
         product = warpgroup_mma(p16, dout, dv, is_async=True)
-        # not before the product, which has everything that was loaded in it
-        mbarrier.arrive(q_free.index(stage), count=1)
         turn += 1
         ahead = turn % STAGES
         wait_full(q_full, turn, STAGES)
@@ -183,6 +181,7 @@ def _sum_values(
             is_async=True,
         )  # fmt: skip
         s, dv, p16 = warpgroup_mma_wait(0, deps=(scores, product, p16))
+        mbarrier.arrive(q_free.index(stage), count=1)
         mbarrier.arrive(dout_free.index(stage), count=1)
         if closes:
             _store_keys(dv_desc, dv_ptr, dv * keep_scale, items, item_turn % ITEMS)
@@ -193,7 +192,7 @@ def _sum_values(
 @gluon.jit
 def _sum_keys(
     dk_desc, dk_ptr, shared, sequences_ptr, seed_ptr, scale, keep_scale,
-    D: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The second warpgroup: gradients of probabilities and of scores, and dk, as the first one."""
     (
@@ -220,11 +219,12 @@ def _sum_keys(
     while more:
         stage = turn % STAGES
         closes = field(facts_s, stage, CLOSES) != 0
-        mbarrier.arrive(v_free.index(0), count=1, pred=closes)
+        if closes:
+            mbarrier.arrive(v_free.index(0), count=1)
         mbarrier.arrive(dout_free.index(stage), count=1)
         delta = terms_s.index(stage).slice(64, 64).load(COLUMNS)
-        wait_full(p_full, turn, PARTS)
-        handed = p_s.index(turn % PARTS).load(SL)
+        wait_full(p_full, turn, 1)
+        handed = p_s.load(SL)
         p = handed
         if seed_ptr is not None:
             dp = gl.where(handed > 0, dp * keep_scale, 0.0)
@@ -238,7 +238,7 @@ def _sum_keys(
                 _cut(q, terms_s.index(stage).slice(0, 64))
         product = warpgroup_mma(ds16, q, dk, is_async=True)
         # not before the product, which has everything that was loaded in it
-        mbarrier.arrive(p_free.index(turn % PARTS), count=1)
+        mbarrier.arrive(p_free.index(0), count=1)
         turn += 1
         ahead = turn % STAGES
         wait_full(q_full, turn, STAGES)
@@ -265,19 +265,16 @@ def hopper_attention_wide_columns(
     sequences_ptr, seed_ptr, heads, group, groups, bundle, samples, stride_map, row_offset,
     num_queries, num_keys, num_sequences, packed, scale, threshold, keep_scale,
     BM: gl.constexpr, BN: gl.constexpr, PIECE: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, PARTS: gl.constexpr, REGISTERS: gl.constexpr,
-    LOAD_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Items of 64 keys of a key head; tiles of 64 queries in a ring of STAGES buffers, the
-    probabilities in one of PARTS.
-    """
+    """Items of 64 keys of a key head; tiles of 64 queries in a ring of STAGES buffers."""
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     dtype: gl.constexpr = q_desc.dtype
     q_s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, 64, D], ROWS_LAYOUT)
     dout_s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, 64, D], ROWS_LAYOUT)
     k_s = gl.allocate_shared_memory(dtype, [1, 1, 1, 64, D], ROWS_LAYOUT)
     v_s = gl.allocate_shared_memory(dtype, [1, 1, 1, 64, D], ROWS_LAYOUT)
-    p_s = gl.allocate_shared_memory(gl.float32, [PARTS, 64, 64], P_LAYOUT)
+    p_s = gl.allocate_shared_memory(gl.float32, [64, 64], P_LAYOUT)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     terms_s = gl.allocate_shared_memory(gl.float32, [STAGES, 128], plain)
     words_s = gl.allocate_shared_memory(gl.int32, [STAGES, 128], plain)
@@ -291,16 +288,15 @@ def hopper_attention_wide_columns(
     k_free = gl.allocate_shared_memory(gl.int64, [1, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [1, 1], bar)
     v_free = gl.allocate_shared_memory(gl.int64, [1, 1], bar)
-    p_full = gl.allocate_shared_memory(gl.int64, [PARTS, 1], bar)
-    p_free = gl.allocate_shared_memory(gl.int64, [PARTS, 1], bar)
+    p_full = gl.allocate_shared_memory(gl.int64, [1, 1], bar)
+    p_free = gl.allocate_shared_memory(gl.int64, [1, 1], bar)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=2)
         mbarrier.init(q_free.index(i), count=2)
         mbarrier.init(dout_full.index(i), count=1)
         mbarrier.init(dout_free.index(i), count=2)
-    for i in gl.static_range(PARTS):
-        mbarrier.init(p_full.index(i), count=1)
-        mbarrier.init(p_free.index(i), count=1)
+    mbarrier.init(p_full.index(0), count=1)
+    mbarrier.init(p_free.index(0), count=1)
     mbarrier.init(k_full.index(0), count=1)
     mbarrier.init(k_free.index(0), count=1)
     mbarrier.init(v_full.index(0), count=1)
@@ -312,10 +308,10 @@ def hopper_attention_wide_columns(
     gl.warp_specialize([
         (_sum_values, (
             dv_desc, dv_ptr, shared, columns_ptr, log_counts_ptr, sequences_ptr, seed_ptr, scale,
-            threshold, keep_scale, BM, BN, PIECE, D, STAGES, PARTS,
+            threshold, keep_scale, BM, BN, PIECE, D, STAGES,
         )),
         (_sum_keys, (
-            dk_desc, dk_ptr, shared, sequences_ptr, seed_ptr, scale, keep_scale, D, STAGES, PARTS,
+            dk_desc, dk_ptr, shared, sequences_ptr, seed_ptr, scale, keep_scale, D, STAGES,
         )),
         (produce, (
             q_desc, k_desc, v_desc, dout_desc, terms_ptr, shared, counter_ptr, head_map_ptr,
