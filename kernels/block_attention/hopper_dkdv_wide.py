@@ -1,0 +1,181 @@
+"""dk and dv of block_attention on Hopper for head sizes over 128: how the kernel is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_layouts.block_pattern import BlockPattern, transpose_pattern
+from sparse_layouts.kernels.ahead_of_time import Compilation
+from sparse_layouts.kernels.block_attention.heads import shared_lists
+from sparse_layouts.kernels.block_attention.hopper_common import bundle_size
+from sparse_layouts.kernels.block_attention.hopper_dkdv_wide_kernel import (
+    hopper_attention_wide_columns,
+)
+from sparse_layouts.kernels.block_attention.hopper_forward import sequence_table
+from sparse_layouts.kernels.block_attention.reference import dropout_threshold
+from sparse_layouts.kernels.block_attention.sequences import Sequences
+from sparse_layouts.kernels.block_attention.triton_common import kept_scale, signature
+from sparse_layouts.kernels.block_attention.unit_schedule import UNIT, unit_schedule
+from sparse_layouts.kernels.hopper_common import (
+    multiprocessors,
+    rows_descriptor,
+    rows_descriptor_type,
+    work_counter,
+)
+from sparse_layouts.kernels.triton_common import DTYPE_NAMES
+
+
+class Tuning(NamedTuple):
+    """Buffers of queries; registers a thread at the start, of each warpgroup that multiplies, of
+    the producer.
+    """
+
+    stages: int = 2
+    max_registers: int = 168
+    registers: int = 224
+    load_registers: int = 56
+
+
+# Not measured. With these, only dropout spills registers to speak of.
+TUNING = Tuning()
+D = 256
+# Queries and their gradients of the heads worked on together; half of an H200's L2.
+L2_BYTES = 32_000_000
+
+
+def gradient_of_keys(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    terms: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    pattern: BlockPattern,
+    head_map: Tensor,
+    *,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    sequences: Sequences | None,
+) -> None:
+    """Writes dk and dv, of operands whose head sizes are at most 256, in bf16 or fp16.
+
+    `terms` (B, H, Nq, 2) fp32, contiguous: of every query lse in base 2 (+inf: no entries) and
+    rowsum(dout * out) - dlse. The operands are such that TMA can read them, and none is empty. With
+    sequences, rows of dk and dv that belong to none are left as they are.
+    """
+    (batch, heads, nq, _), (kv_heads, nk) = q.shape, k.shape[1:3]
+    (m, _), (bm, bn) = pattern.shape, pattern.block_size
+    if seed is None or dropout_p <= 0:
+        dropout_p, seed = 0.0, None
+    transposed = transpose_pattern(pattern)
+    schedule = unit_schedule(transposed, 1, UNIT)
+    groups = schedule.rows.shape[1]
+    group, samples = heads // kv_heads, batch * kv_heads
+    # a key head's columns are dealt out by length only where its query heads read the same lists
+    alike = sequences is None and shared_lists(pattern, head_map, group)
+    items = samples * groups
+    table = None
+    if sequences is not None:
+        table = sequence_table(sequences, nq, nk, pattern, UNIT, q.device, keys=UNIT)
+        extra = sequences.num_sequences if sequences.packed else 0
+        items = kv_heads * ((nk // UNIT + 1) * batch + extra)
+    piece = min(bm, UNIT)
+    bytes_each = group * 2 * nq * D * q.element_size()
+    with torch.cuda.device_of(q):
+        hopper_attention_wide_columns[(min(multiprocessors(q.device), items),)](
+            q_desc=rows_descriptor(q, piece),
+            k_desc=rows_descriptor(k, 64),
+            v_desc=rows_descriptor(v, 64),
+            dout_desc=rows_descriptor(dout, piece),
+            dk_desc=rows_descriptor(dk, 64),
+            dv_desc=rows_descriptor(dv, 64),
+            dk_ptr=dk,
+            dv_ptr=dv,
+            terms_ptr=terms,
+            counter_ptr=work_counter(q.device, torch.cuda.current_stream(q.device).cuda_stream),
+            head_map_ptr=head_map,
+            rows_ptr=schedule.heaviest_first if alike else schedule.rows,
+            columns_ptr=schedule.columns,
+            flags_ptr=schedule.flags,
+            block_tiles_ptr=schedule.block_tiles,
+            log_counts_ptr=schedule.log_counts,
+            tiles_ptr=transposed.tiles,
+            sequences_ptr=table,
+            seed_ptr=seed,
+            heads=heads,
+            group=group,
+            groups=groups,
+            bundle=bundle_size(samples, bytes_each, L2_BYTES),
+            samples=samples,
+            stride_map=0 if head_map.shape[0] == 1 else head_map.stride(0),
+            row_offset=m - nq,
+            num_queries=nq,
+            num_keys=nk,
+            num_sequences=0 if sequences is None else sequences.num_sequences,
+            packed=0 if sequences is None else int(sequences.packed),
+            scale=scale,
+            threshold=dropout_threshold(dropout_p),
+            keep_scale=kept_scale(dropout_p),
+            **_constants(bm, bn),
+            num_warps=4,
+            maxnreg=TUNING.max_registers,
+        )
+
+
+def _constants(bm: int, bn: int) -> dict[str, int]:
+    return {
+        "BM": bm,
+        "BN": bn,
+        "PIECE": min(bm, UNIT),
+        "D": D,
+        "STAGES": TUNING.stages,
+        "REGISTERS": TUNING.registers,
+        "LOAD_REGISTERS": TUNING.load_registers,
+    }
+
+
+def compilations() -> Iterator[Compilation]:
+    """Blocks of every kind, and every feature once."""
+    bf16, fp16 = torch.bfloat16, torch.float16
+    for blocks in ((64, 64), (16, 16), (32, 32), (128, 128), (16, 64), (128, 32)):
+        yield _compilation(*blocks, bf16)
+    yield _compilation(64, 64, fp16, tiles=False, counts=True)
+    yield _compilation(64, 64, bf16, dropout=True)
+    yield _compilation(64, 64, bf16, sequences=True)
+    yield _compilation(16, 16, fp16, counts=True, dropout=True, sequences=True)
+
+
+def _compilation(
+    bm: int,
+    bn: int,
+    dtype: torch.dtype,
+    *,
+    tiles: bool = True,
+    counts: bool = False,
+    dropout: bool = False,
+    sequences: bool = False,
+) -> Compilation:
+    constexprs = _constants(bm, bn)
+    options = {"tiles": tiles, "log_counts": counts, "sequences": sequences, "seed": dropout}
+    constexprs |= {f"{name}_ptr": None for name, there in options.items() if not there}
+    given = dict.fromkeys(("q_desc", "dout_desc"), rows_descriptor_type(dtype, min(bm, UNIT)))
+    keys = ("k_desc", "v_desc", "dk_desc", "dv_desc")
+    given |= dict.fromkeys(keys, rows_descriptor_type(dtype, 64))
+    given |= dict.fromkeys(("dk_ptr", "dv_ptr"), f"*{DTYPE_NAMES[dtype]}")
+    given |= {"terms_ptr": "*fp32", "log_counts_ptr": "*fp32", "seed_ptr": "*i64"}
+    on = [name for name, there in options.items() if there]
+    return Compilation(
+        "-".join([f"block{bm}x{bn}", f"d{D}", DTYPE_NAMES[dtype], *on]),
+        hopper_attention_wide_columns,
+        signature(hopper_attention_wide_columns, given, constexprs),
+        constexprs,
+        {"num_warps": 4, "maxnreg": TUNING.max_registers},
+        90,
+        90,
+    )
