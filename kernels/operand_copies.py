@@ -1,5 +1,5 @@
-"""Operands that are copied before a product, because its kernel reads them badly as they lie:
-when that pays, and the copies.
+"""Operands that are copied before a product, because its kernel reads them badly, or not at all, as
+they lie: when that pays, and the copies.
 
 A copy reads and writes an operand once, 67 MB for 4096 x 4096 in 16 bits. At an H200's 4.2 TB/s,
 of which :mod:`.triton_strided_copy` is reckoned to reach 0.55, that takes 29 us (16 at the full
@@ -9,6 +9,8 @@ rate; torch's transposing copy 122, 2026-11-26).
 from __future__ import annotations
 
 from torch import Tensor
+
+from sparse_layouts.kernels.products import tma_readable
 
 # Bytes of a stored block's edge up to which a Triton kernel reads an operand that does not lie
 # along it in pieces so short that it is copied first: blocks of 16 in 16 bits. With blocks of 32 a
@@ -20,8 +22,40 @@ SHORT_PIECE_BYTES = 32
 # us more than it has to, per 33.5 MB. The copy's 29 us are 9 to 13 reads; where it begins, at 7% of
 # those blocks, it saves 41 to 59.
 READS_WORTH_A_COPY = 18
-# Rows of a copy begin at multiples of so many entries: loads may be wide.
+# What the copy engine cannot read is copied for the Hopper kernels if each of its entries is
+# multiplied so often, by four blocks of 64. They multiply at 440 TFLOP/s: 2^24 entries take them
+# 2 * uses * 2^24 / 440e12 s, the copy 29 us, which is 380 / uses of that, here 1.5. The Triton
+# kernel, which takes the product otherwise, needs 10 times their time for an x with gaps in its
+# rows (803 and 77 us, blocks of 64, a quarter stored, 1024 uses; 2026-11-26). For rows without
+# gaps that begin anywhere, which it reads entry by entry too, it is not measured; it would have to
+# need less than 2.5 times their time for this to be too few.
+USES_WORTH_A_COPY = 256
+# Rows of a copy begin at multiples of so many entries: loads may be wide, the copy engine reads it.
 PITCH = 16
+
+
+def reads_well(x: Tensor, uses: int) -> bool:
+    """Whether the copy engine reads the matrices of x (*any, M, N), or a copy that
+    :func:`engine_readable` makes and that pays, each entry being multiplied `uses` times.
+    """
+    return tma_readable(x) or (uses >= USES_WORTH_A_COPY and x.numel() > 0)
+
+
+def uses_of_each(stored: int, lines: int) -> int:
+    """How often each entry of an operand is multiplied, in the mean of `lines` rows or columns
+    of a pattern's matrices that hold `stored` entries.
+    """
+    return stored // lines if lines else 0
+
+
+def engine_readable(x: Tensor, repeating: int = 2) -> Tensor:
+    """x (B, P, M, N), which holds something, as the copy engine can read it: itself or a copy,
+    along the dimension in which x has the shorter steps. What is expanded in the first `repeating`
+    dimensions is copied once.
+    """
+    if tma_readable(x):
+        return x
+    return _copied(x, -2 if 0 < x.stride(-2) < x.stride(-1) else -1, repeating)
 
 
 def relaid(operand: Tensor, dim: int, edge: int, reads: int) -> Tensor:
