@@ -35,11 +35,11 @@ class Facts(NamedTuple):
     `torch.use_deterministic_algorithms` is set, told only by ops that have a kernel without that
     promise. Of attention: whether there is a `bias`, whether its operands are sequences of several
     `lengths`, and bytes of the scores that a key head stores (`head_bytes`; 0 if few, and off
-    Hopper). `tma`: whether Hopper's copy engine can read the operands and write the result (False
-    off Hopper). `partial`: whether a sampled product's pattern has blocks that are stored in part,
-    or that reach over the matrix's edge. `sixteenths`: of a product's large block matrix, how many
-    sixteenths are stored, rounded down (0 for one of less than 2**22 entries). A sampled product's
-    `columns` are those that it contracts.
+    Hopper). `tma`: whether Hopper's copy engine can read the operands, in products by blocks also
+    copies of them that pay, and write the result (False off Hopper). `partial`: whether a sampled
+    product's pattern has blocks that are stored in part, or that reach over the matrix's edge.
+    `sixteenths`: of a product's large block matrix, how many sixteenths are stored, rounded down (0
+    for one of less than 2**22 entries). A sampled product's `columns` are those that it contracts.
     """
 
     device: str

@@ -172,7 +172,7 @@ HOPPER_COLUMNS = 64
 
 def _hopper_products(facts: Facts) -> str | None:
     """As `triton_blocks`, for blocks whose edges are at least 64, in fp16 or bf16, on a GPU of
-    compute capability 9.0, whose copy engine can read the operands.
+    compute capability 9.0, whose copy engine can read the operands, or copies that pay.
     """
     reason = triton_blocks(facts)
     if reason is not None:
@@ -187,7 +187,7 @@ def _hopper_products(facts: Facts) -> str | None:
     if not facts.tma:
         return (
             "takes operands and results with one contiguous dimension, whose other strides and "
-            "addresses are multiples of 16 bytes"
+            "addresses are multiples of 16 bytes, and operands of which copies pay"
         )
     return None
 

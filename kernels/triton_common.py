@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 DTYPE_NAMES = {
     torch.bfloat16: "bf16",
@@ -59,34 +58,6 @@ def input_precision(dtype: torch.dtype) -> str:
     """
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
-
-
-# Bytes of a stored block's edge up to which an operand that does not lie along it is read in pieces
-# so short that it is copied first: blocks of 16 in 16 bits. 4096^3 in bf16, a quarter of the blocks
-# stored, one H200, 2026-11-26: F.linear with blocks of 16 464 us, W @ x, whose x lies by rows, 290;
-# with blocks of 32 159 and 168.
-SHORT_PIECE_BYTES = 32
-# The copy reads and writes the operand once; without one every block of a line reads it in pieces.
-READS_WORTH_A_COPY = 16
-
-
-def relaid(operand: Tensor, dim: int, edge: int, reads: int) -> Tensor:
-    """`operand`, copied so that `dim` is contiguous, if it is read `reads` times in short pieces of
-    `edge` entries along its other matrix dimension, which is the contiguous one. What is expanded
-    is copied once.
-    """
-    other = -3 - dim  # of -1 and -2
-    if (
-        operand.stride(other) != 1
-        or operand.stride(dim) == 1
-        or edge * operand.element_size() > SHORT_PIECE_BYTES
-        or reads < READS_WORTH_A_COPY
-    ):
-        return operand
-    shown = zip(operand.shape, operand.stride(), strict=True)
-    once = operand[tuple(slice(0, 1) if step == 0 else slice(None) for _, step in shown)]
-    copy = once.contiguous() if dim == -1 else once.mT.contiguous().mT
-    return copy.expand(operand.shape)
 
 
 def fitting_stages(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
-from sparse_layouts.kernels.block_attention import hopper_dkdv
+from sparse_layouts.kernels.block_attention import hopper_dkdv, hopper_dkdv_wide, hopper_dq
 from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_attention.triton_common import (
     padded_head_dim,
@@ -97,8 +97,6 @@ def block_attention_backward(
         dq.zero_(), dk.zero_(), dv.zero_()
     if nothing:
         return dq, dk, dv, None
-    from sparse_layouts.kernels.block_attention import hopper_dkdv_wide, hopper_dq
-
     if seed is None or dropout_p <= 0:
         dropout_p, seed = 0.0, None
     dout = dout if tma_ready(dout) else dout.contiguous()

@@ -25,13 +25,13 @@ from sparse_layouts.dispatch import (
 )
 from sparse_layouts.kernels import requirements, sddmm
 from sparse_layouts.kernels.block_matmul import reference
+from sparse_layouts.kernels.operand_copies import reads_well, uses_of_each
 from sparse_layouts.kernels.product_routes import register_products
 from sparse_layouts.kernels.products import (
     Family,
     broadcast_product,
     power_of_two,
     sixteenths_fact,
-    tma_readable,
 )
 
 OP = "block_matmul"
@@ -50,15 +50,16 @@ def facts(
     values: Tensor, pattern: BlockPattern, x: Tensor, transposed_output: bool = False
 ) -> Facts:
     """What the choice of a kernel depends on."""
-    columns = x.shape[-1]
+    columns, p = x.shape[-1], pattern
+    rows = uses_of_each(p.num_blocks * p.block_size[0], p.num_patterns * p.grid[1])
     unbroken = pattern.shape[0] if transposed_output else columns
     return facts_of(
         values,
         block_size=pattern.block_size,
         columns=power_of_two(columns),
         tma=capability_of(values.device) == (9, 0)
-        and tma_readable(values)
-        and tma_readable(x)
+        and reads_well(values, columns)
+        and reads_well(x, rows)
         and unbroken * values.element_size() % 16 == 0,
         sixteenths=sixteenths_fact(pattern),
     )

@@ -21,6 +21,8 @@ from sparse_layouts.kernels.hopper_common import (
     work_counter,
 )
 from sparse_layouts.kernels.launching import Launch
+from sparse_layouts.kernels.operand_copies import engine_readable
+from sparse_layouts.kernels.products import tma_readable
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES, kernel_signature
 
 # Columns of a tile, whose halves (its rows from 128 on, else its columns) are a warpgroup's each;
@@ -47,7 +49,7 @@ def block_matmul(
     activation: str | None = None,
 ) -> Tensor:
     """`activation(W[b, p] @ x[b, p] + bias)` as `reference.block_matmul` defines it, in bf16 or
-    fp16.
+    fp16. Operands that the copy engine cannot read are copied first.
     """
     p, m, n = pattern, pattern.shape[0], x.shape[3]
     batch = x.shape[0] if values.shape[0] == 1 else values.shape[0]
@@ -58,6 +60,7 @@ def block_matmul(
     if out.numel() == 0 or p.num_blocks == 0:
         return finish_nothing(out, bias, activation)
     with torch.cuda.device_of(x):
+        values, x = engine_readable(values, 1), engine_readable(x)
         stream = torch.cuda.current_stream(x.device).cuda_stream
         launch(values, p, x, out, bias, activation, stream).run(stream)
     return out
@@ -148,9 +151,10 @@ class Prepared:
 
 def prepared(
     values: Tensor, pattern: BlockPattern, x: Tensor, out: Tensor, bias: Tensor | None
-) -> Prepared:
-    """What launches `out = W @ x + bias` again."""
-    return Prepared(values, pattern, x, out, bias)
+) -> Prepared | None:
+    """What launches `out = W @ x + bias` again; None where an operand is copied first."""
+    readable = tma_readable(values) and tma_readable(x)
+    return Prepared(values, pattern, x, out, bias) if readable else None
 
 
 def rows_by_length(pattern: BlockPattern) -> Tensor:

@@ -190,7 +190,7 @@ class Settled:
 def _sample_again(a: Tensor, b: Tensor, pattern: BlockPattern) -> Any:
     """What launches the sampled product `a @ b` again, None where its kernel has no such thing."""
     module = _module(choose(sddmm.OP, sddmm.facts(a, b, pattern)), sddmm.OP)
-    prepared = getattr(module, "Prepared", None)
+    prepared = getattr(module, "prepared", None)
     if prepared is None:
         return None
     values = a.new_empty(1, pattern.num_blocks, *pattern.block_size)

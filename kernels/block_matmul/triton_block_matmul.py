@@ -13,6 +13,7 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.kernels.activations import ACTIVATIONS, finish_nothing
 from sparse_layouts.kernels.ahead_of_time import Compilation
+from sparse_layouts.kernels.operand_copies import relaid
 from sparse_layouts.kernels.triton_common import (
     BLOCK_SIZES,
     DTYPE_NAMES,
@@ -21,7 +22,6 @@ from sparse_layouts.kernels.triton_common import (
     fitting_stages,
     input_precision,
     kernel_signature,
-    relaid,
 )
 
 # (columns of a tile, entries of K a step, warps, stages) by the rows of a tile, for 16-bit dtypes.

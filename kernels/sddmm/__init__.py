@@ -24,7 +24,8 @@ from sparse_layouts.dispatch import (
     run,
 )
 from sparse_layouts.kernels import requirements
-from sparse_layouts.kernels.products import power_of_two, sixteenths_fact, tma_readable
+from sparse_layouts.kernels.operand_copies import reads_well, uses_of_each
+from sparse_layouts.kernels.products import power_of_two, sixteenths_fact
 from sparse_layouts.kernels.sddmm import reference
 from sparse_layouts.layout_tensor import LayoutTensor
 
@@ -47,11 +48,14 @@ register_kernel(OP, "cpu", "sparse_layouts.kernels.sddmm.cpu:sddmm", requirement
 
 def facts(a: Tensor, b: Tensor, pattern: BlockPattern) -> Facts:
     """What the choice of a kernel depends on."""
+    p, (bm, bn) = pattern, pattern.block_size
+    columns = uses_of_each(p.num_blocks * bn, p.num_patterns * p.grid[0])
+    rows = uses_of_each(p.num_blocks * bm, p.num_patterns * p.grid[1])
     return facts_of(
         a,
         block_size=pattern.block_size,
         columns=power_of_two(a.shape[-1]),
-        tma=capability_of(a.device) == (9, 0) and tma_readable(a) and tma_readable(b),
+        tma=capability_of(a.device) == (9, 0) and reads_well(a, columns) and reads_well(b, rows),
         partial=is_partial(pattern),
         sixteenths=sixteenths_fact(pattern),
     )

@@ -19,6 +19,8 @@ from sparse_layouts.kernels.hopper_common import (
     work_counter,
 )
 from sparse_layouts.kernels.launching import Launch
+from sparse_layouts.kernels.operand_copies import engine_readable
+from sparse_layouts.kernels.products import tma_readable
 from sparse_layouts.kernels.sddmm.hopper_sddmm_kernel import hopper_sddmm
 from sparse_layouts.kernels.sddmm.tile_schedule import tile_schedule
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES, kernel_signature
@@ -32,12 +34,14 @@ MAX_REGISTERS = 168
 
 def sddmm(a: Tensor, b: Tensor, pattern: BlockPattern) -> Tensor:
     """`values[n, s]` = the block of `a[n, p] @ b[n, p]` at slot s of the pattern, as
-    `reference.sddmm` defines it, in bf16 or fp16, for whole blocks.
+    `reference.sddmm` defines it, in bf16 or fp16, for whole blocks. Operands that the copy
+    engine cannot read are copied first.
     """
     values = a.new_empty(a.shape[0], pattern.num_blocks, *pattern.block_size)
     if values.numel() == 0 or a.shape[3] == 0:
         return values.zero_()
     with torch.cuda.device_of(a):
+        a, b = engine_readable(a), engine_readable(b)
         stream = torch.cuda.current_stream(a.device).cuda_stream
         launch(a, b, pattern, values, stream).run(stream)
     return values
@@ -107,6 +111,12 @@ class Prepared:
             packed.describe("values_desc", values)
             packed.point("counter_ptr", work_counter(self._device, stream).data_ptr())
             packed.launch(self._programs, stream)
+
+
+def prepared(a: Tensor, b: Tensor, pattern: BlockPattern, values: Tensor) -> Prepared | None:
+    """What launches it again on operands like these; None where one is copied first."""
+    readable = tma_readable(a) and tma_readable(b)
+    return Prepared(a, b, pattern, values) if readable else None
 
 
 def fullest_first(pattern: BlockPattern, tile_columns: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
+from sparse_layouts.kernels.operand_copies import relaid
 from sparse_layouts.kernels.sddmm.tile_schedule import tile_schedule
 from sparse_layouts.kernels.triton_common import (
     BLOCK_SIZES,
@@ -20,7 +21,6 @@ from sparse_layouts.kernels.triton_common import (
     fitting_stages,
     input_precision,
     kernel_signature,
-    relaid,
     stored_bits,
 )
 

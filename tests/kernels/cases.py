@@ -292,20 +292,12 @@ class BlockCase:
         facts: dict[str, Any] = {"block_size": self.stored.block}
         if op == "block_matmul":
             facts["columns"] = 1 << (width - 1).bit_length() if width else 0
-            values, x = in_steps_of_8(self.values, bm, bn), in_steps_of_8(self.dense, n, width)
-            facts["tma"] = values and x and (m if self.flip else width) % 8 == 0
+            # the row copies operands that the copy engine cannot read, the result it has to write
+            facts["tma"] = (m if self.flip else width) % 8 == 0
         elif op == "sddmm":
-            a, b = in_steps_of_8(self.dense, m, width), in_steps_of_8(self.values, width, n)
-            facts["tma"] = a and b
+            facts["tma"] = True
             facts["partial"] = self.stored.tiles or m % bm != 0 or n % bn != 0
         return Case(self.name, lambda dtype, device: build(self, dtype, device), self.small, facts)
-
-
-def in_steps_of_8(how: str, rows: int, columns: int) -> bool:
-    """Whether 16-byte steps of 16-bit numbers lead through a matrix laid out so (`laid_out`)."""
-    if how == "mT":
-        return rows % 8 == 0
-    return how in ("plain", "expand_0") and columns % 8 == 0
 
 
 BLOCK_CASES = [
@@ -482,7 +474,7 @@ FEW_COLUMN_CASES = [
     ),
 ]
 
-# what Hopper's kernels take: blocks from 64, many columns, steps of 16 bytes
+# what Hopper's kernels take: blocks from 64, many columns, results in steps of 16 bytes
 HOPPER_CASES = [
     BlockCase("hopper_64", Stored((192, 320), (64, 64)), batch=2, width=264),
     BlockCase("hopper_128", Stored((384, 256), (128, 128), 2), batch=3, width=256, share=True),
@@ -514,6 +506,21 @@ HOPPER_CASES = [
         "hopper_many_rows_transposed", Stored((8576, 128), (64, 64), transposed=True), width=376
     ),
     BlockCase("hopper_one_block", Stored((128, 128), (128, 128), blocks="all"), width=176),
+    # operands that are copied first
+    BlockCase("hopper_steps", Stored((192, 256), (64, 64), 2), batch=2, width=264, dense="step"),
+    BlockCase(
+        "hopper_offset", Stored((256, 256), (128, 128)), width=200, values="offset", dense="offset"
+    ),
+    BlockCase(
+        "hopper_steps_expanded",
+        Stored((192, 128), (64, 64)),
+        batch=3,
+        width=264,
+        values="step",
+        dense="expand_0",
+    ),
+    BlockCase("hopper_one_column", Stored((192, 128), (64, 64)), width=136, dense="expand_-1"),
+    BlockCase("hopper_odd_steps", Stored((192, 256), (64, 128)), width=301, flip=True),
 ]
 # for products alone
 HOPPER_LINEAR_CASES = [
