@@ -17,18 +17,16 @@ from sparse_layouts.kernels.products import tma_readable
 # copy that costs nothing would gain nothing: us as it lies and from the better layout, 4096^3 in
 # bf16, one H200, 2026-11-26, 5%, 10% and 25% of the blocks stored: 48, 75, 153 and 50, 79, 163.
 SHORT_PIECE_BYTES = 32
-# With blocks of 16 (there F.linear 113, 206, 459 and 83, 139, 291; sddmm 124, 217, 437 and 82, 139,
-# 288) every read of the whole operand in short pieces, 12.8, 25.6 and 64 of them, takes 2.3 to 3.3
-# us more than it has to, per 33.5 MB. The copy's 29 us are 9 to 13 reads; where it begins, at 7% of
-# those blocks, it saves 41 to 59.
+# With blocks of 16 every read of the whole operand in short pieces takes 2.3 to 3.3 us more than it
+# has to, per 33.5 MB; the copy takes 22 (torch's own 125). Measured there, 5, 8, 10 and 25% stored
+# (12.8, 20, 26 and 64 reads), as it lies and always copied: F.linear 113, 169, 204, 465 and 123,
+# 141, 162, 319, sddmm 120, 171, 206, 435 and 110, 137, 161, 316.
 READS_WORTH_A_COPY = 18
 # What the copy engine cannot read is copied for the Hopper kernels if each of its entries is
-# multiplied so often, by four blocks of 64. They multiply at 440 TFLOP/s: 2^24 entries take them
-# 2 * uses * 2^24 / 440e12 s, the copy 29 us, which is 380 / uses of that, here 1.5. The Triton
-# kernel, which takes the product otherwise, needs 10 times their time for an x with gaps in its
-# rows (803 and 77 us, blocks of 64, a quarter stored, 1024 uses; 2026-11-26). For rows without
-# gaps that begin anywhere, which it reads entry by entry too, it is not measured; it would have to
-# need less than 2.5 times their time for this to be too few.
+# multiplied so often, by four blocks of 64. W @ x of 4096^3 in bf16, blocks of 64, one H200, us
+# with the copy and by the Triton kernel, which takes the product otherwise (2026-11-26): at 266
+# uses, x with gaps in its rows 108 and 441, in its columns 108 and 103, rows at any address 56 to
+# 58 and 101 to 115; at 1024 uses 154 and 1486, 155 and 268, 102 to 104 and 265 to 343.
 USES_WORTH_A_COPY = 256
 # Rows of a copy begin at multiples of so many entries: loads may be wide, the copy engine reads it.
 PITCH = 16
@@ -86,7 +84,9 @@ def _copied(x: Tensor, dim: int, repeating: int) -> Tensor:
 def _rows_copied(x: Tensor) -> Tensor:
     columns = x.shape[-1]
     out = x.new_empty(*x.shape[:-1], -(-columns // PITCH) * PITCH)[..., :columns]
-    if not x.is_cuda:
+    # Of rows with gaps between entries torch's copy is the faster one: x[:, ::2] of 4096 x 4096 in
+    # bf16 took 45 us on an H200, ours 76, of which its transpose took 122 and ours 77 (2026-11-26).
+    if not x.is_cuda or 1 < x.stride(-1) <= x.stride(-2):
         return out.copy_(x)
     from sparse_layouts.kernels.triton_strided_copy import copy_rows
 
