@@ -159,7 +159,10 @@ def hopper_attention_two_passes(facts: Facts) -> str | None:
     """
     # It stands below `hopper_attention_backward`, which takes less but is the faster one where it
     # does: by two passes the scores and their gradients are computed twice, seven products of tiles
-    # instead of five.
+    # instead of five. Local stride, H 16, N 8192, D 128, bf16, blocks of 64, one H200 (2026-11-26):
+    # 0.55 ms, that one 0.51, Triton's 0.64. Triton's backward took 1.36 times as long as this at D
+    # 192 and 256, 1.3 to 1.5 with blocks of 16 and 32 and over sequences, and 0.9 with random
+    # blocks of 16.
     return hopper_attention(facts)
 
 
