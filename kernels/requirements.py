@@ -192,6 +192,22 @@ def hopper_block_matmul(facts: Facts) -> str | None:
     return _hopper_products(facts)
 
 
+# Rows of a block whose sums a warpgroup's registers hold.
+HOPPER_FEW_COLUMNS_ROWS = 256
+
+
+def hopper_few_columns(facts: Facts) -> str | None:
+    """As `_hopper_products`, for up to 64 columns of the dense operand, and blocks of up to 256
+    rows.
+    """
+    if facts.columns > FEW_COLUMNS:
+        return f"takes up to {FEW_COLUMNS} columns of the dense operand, not {facts.columns}"
+    reason = _hopper_products(facts)
+    if reason is None and facts.block_size[0] > HOPPER_FEW_COLUMNS_ROWS:
+        reason = f"takes blocks of up to {HOPPER_FEW_COLUMNS_ROWS} rows, not {facts.block_size[0]}"
+    return reason
+
+
 def hopper_sddmm(facts: Facts) -> str | None:
     """As `_hopper_products`, for blocks that are stored as a whole."""
     reason = _hopper_products(facts)
