@@ -36,6 +36,14 @@ def wait_free(bars, turn, SIZE: gl.constexpr):
 
 
 @gluon.jit
+def grid_dependency(ASM: gl.constexpr):
+    """Of a launch that may begin while the kernel before it ends: lets the next one begin, or waits
+    for the one before.
+    """
+    gl.inline_asm_elementwise(ASM, "=r", [], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def field(items, place, which: gl.constexpr):
     """One number of an item, the same in every thread of a warpgroup."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])

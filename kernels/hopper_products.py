@@ -19,19 +19,21 @@ def multiply_steps(
     a_part: gl.constexpr, A_PARTS: gl.constexpr, b_part: gl.constexpr, B_PARTS: gl.constexpr,
     A_T: gl.constexpr, B_T: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """acc [64, WN] plus `steps` products, 64 entries of the contracted dimension each, of the
+    """acc [WM, WN] plus `steps` products, 64 entries of the contracted dimension each, of the
     buffers of turns `first` on, every one of which is released.
 
-    Buffers of a are [1, 1, 64, 64], those of b [1, 1, 64, WN], or, with `A_T` and `B_T`, their
+    Buffers of a are [1, 1, WM, 64], those of b [1, 1, 64, WN], or, with `A_T` and `B_T`, their
     transposes; the parts of a stage follow each other.
     """
+    WM: gl.constexpr = acc.shape[0]
     WN: gl.constexpr = acc.shape[1]
     for j in range(0, steps):
         stage = (first + j) % STAGES
         wait_full(full, first + j, STAGES)
-        a = a_s.index(stage * A_PARTS + a_part).reshape([64, 64])
         if A_T:
-            a = a.permute((1, 0))
+            a = a_s.index(stage * A_PARTS + a_part).reshape([64, WM]).permute((1, 0))
+        else:
+            a = a_s.index(stage * A_PARTS + a_part).reshape([WM, 64])
         if B_T:
             b = b_s.index(stage * B_PARTS + b_part).reshape([WN, 64]).permute((1, 0))
         else:

@@ -170,7 +170,7 @@ def hopper_attention_two_passes(facts: Facts) -> str | None:
 # bf16, a quarter of the blocks of 64 stored, us of Hopper's kernel and of that one: 64 columns 12.0
 # and 17.0 (4096 x 4096), 25.7 and 21.7 (8192 x 8192), 128 columns 11.3 and 16.7, 20.8 and 27.6
 # (2026-11-26).
-HOPPER_COLUMNS = 64
+HOPPER_COLUMNS = 128
 
 
 def _hopper_products(facts: Facts) -> str | None:
@@ -203,6 +203,24 @@ def hopper_block_matmul(facts: Facts) -> str | None:
             f"{facts.columns}"
         )
     return _hopper_products(facts)
+
+
+# Rows of a block whose sums a warpgroup's registers hold.
+HOPPER_FEW_COLUMNS_ROWS = 256
+
+
+def hopper_few_columns(facts: Facts) -> str | None:
+    """As `_hopper_products`, for up to 64 columns of the dense operand, and blocks of up to 256
+    rows.
+    """
+    if facts.columns <= 32:
+        return f"takes more than 32 columns, not {facts.columns}"
+    if facts.columns > FEW_COLUMNS:
+        return f"takes up to {FEW_COLUMNS} columns of the dense operand, not {facts.columns}"
+    reason = _hopper_products(facts)
+    if reason is None and facts.block_size[0] > HOPPER_FEW_COLUMNS_ROWS:
+        reason = f"takes blocks of up to {HOPPER_FEW_COLUMNS_ROWS} rows, not {facts.block_size[0]}"
+    return reason
 
 
 def hopper_sddmm(facts: Facts) -> str | None:

@@ -39,6 +39,7 @@ _HERE = "sparse_layouts.kernels.block_matmul"
 for _name, _module, _requires in (
     ("dense_scratch", "triton_dense_scratch", requirements.dense_matmul),
     ("hopper", "hopper_block_matmul", requirements.hopper_block_matmul),
+    ("hopper_few_columns", "hopper_few_columns", requirements.hopper_few_columns),
     ("triton_few_columns", "triton_few_columns", requirements.triton_few_columns),
     ("triton", "triton_block_matmul", requirements.triton_blocks),
     ("cpu", "cpu", requirements.cpu),

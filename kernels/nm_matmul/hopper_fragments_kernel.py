@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from sparse_layouts.kernels.hopper_common import wait_free, wait_full
+from sparse_layouts.kernels.hopper_common import grid_dependency, wait_free, wait_full
 from sparse_layouts.kernels.nm_matmul.fragment_assembly import expansion, operands, products
 
 # Copies to and from shared memory, of tiles of int32: their layouts there
@@ -104,11 +104,6 @@ def _to_l2(ptr, size):
 
 
 @gluon.jit
-def _grid_dependency(ASM: gl.constexpr):
-    gl.inline_asm_elementwise(ASM, "=r", [], gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def _bring_entries(
     values_desc, words_desc, high_desc, shared, values_ptr, words_ptr, M, units, phases, parts,
     stride_words_tile,
@@ -121,7 +116,7 @@ def _bring_entries(
     if EARLY:
         # The kernel before may still run, and may have written anything that is read here: until it
         # is done only the L2 is told what will be wanted, which sees all writes.
-        _grid_dependency("griddepcontrol.launch_dependents; mov.u32 $0, 0;")
+        grid_dependency("griddepcontrol.launch_dependents; mov.u32 $0, 0;")
         for i in gl.static_range(STAGES):
             for t in gl.static_range(TILES):
                 here = gl.minimum(units - i * WARPS, WARPS)
@@ -131,7 +126,7 @@ def _bring_entries(
                     whole = (tile + t).to(gl.int64)
                     _to_l2(words_ptr + whole * stride_words_tile + unit * 32, here * WORD_BYTES)
                     _to_l2(values_ptr + (whole * units + unit) * 512, here * UNIT_BYTES)
-        _grid_dependency("griddepcontrol.wait; mov.u32 $0, 0;")
+        grid_dependency("griddepcontrol.wait; mov.u32 $0, 0;")
     for phase in range(phases):
         stage = phase % STAGES
         unit = phase * WARPS
@@ -160,7 +155,7 @@ def _bring_x(
     x, full, free = shared[3], shared[6], shared[7]
     first = gl.program_id(0) % parts * (8 * NT)
     if EARLY:
-        _grid_dependency("griddepcontrol.wait; mov.u32 $0, 0;")
+        grid_dependency("griddepcontrol.wait; mov.u32 $0, 0;")
     for turn in range(phases * TURNS):
         stage = turn % STAGES
         bar = full.index(stage)

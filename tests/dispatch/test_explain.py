@@ -296,6 +296,26 @@ def test_as_if_on_a_gpu(w: sl.BSRTensor) -> None:
 
 
 @pytest.mark.parametrize(
+    ("columns", "block", "capability", "kernel"),
+    [
+        (1, 64, (9, 0), "hopper_few_columns"),
+        (32, 128, (9, 0), "hopper_few_columns"),
+        (33, 64, (9, 0), "hopper"),
+        (8, 32, (9, 0), "triton_few_columns"),
+        (8, 64, (10, 0), "triton_few_columns"),
+        (8, 512, (9, 0), "triton_few_columns"),  # a warpgroup has no registers for so many rows
+    ],
+)
+def test_few_columns_as_if_on_a_gpu(
+    columns: int, block: int, capability: tuple[int, int], kernel: str
+) -> None:
+    w = sl.bsr(torch.ones(512, 512, dtype=torch.bfloat16), block)
+    x = torch.ones(columns, 512, dtype=torch.bfloat16)
+    said = sl.explain(torch.nn.functional.linear, x, w)
+    assert said.on_gpu(capability).kernel == kernel
+
+
+@pytest.mark.parametrize(
     ("head_dim", "dtype", "capability", "kernel"),
     [
         (64, torch.bfloat16, (9, 0), "hopper"),

@@ -43,6 +43,8 @@ REPEATED = {
     "partial_counts",
     "power_law",
     "power_law_64",
+    "even_power_law",
+    "even_long_row",
     "one_kv_head",
     "bias_by_sample",
     "everything",

@@ -118,7 +118,7 @@ def test_recalled_gradients_are_the_same_bits(call: Product, device: str) -> Non
 def test_recalled_linear_layers_with_a_bias(tokens: int, device: str) -> None:
     w = weight(device, grad=True)
     bias = torch.nn.Parameter(dense(device, 512).detach())
-    kernel = "hopper" if tokens > 32 else "triton_few_columns"
+    kernel = "hopper" if tokens > 32 else "hopper_few_columns"
     for _ in range(3):
         x = dense(device, tokens, 512, grad=True)
         out = F.linear(x, w, bias)

@@ -45,13 +45,25 @@ def weights(size: int, block: int, density: float) -> sl.BSRTensor:
     return mask.like_self(torch.randn_like(mask.values()))
 
 
-@pytest.mark.parametrize("columns", [8, 64, 96, 4096])
+@pytest.mark.parametrize("columns", [1, 8, 16, 64, 96, 4096])
 @pytest.mark.parametrize("block", [16, 64, 128])
 def test_products_with_blocks(block: int, columns: int) -> None:
     w = weights(8192 if columns <= 64 else 4096, block, 0.25)
     x = torch.randn(columns, w.shape[1], device="cuda", dtype=DTYPE)
     with torch.no_grad():
         assert_all_equal(lambda: (F.linear(x, w),), 200 if columns <= 64 else 30)
+
+
+@pytest.mark.parametrize("columns", [1, 8, 16, 64])
+@pytest.mark.parametrize("block", [64, 128])
+def test_products_in_pieces(block: int, columns: int) -> None:
+    w = weights(8192, block, 0.25)
+    x = torch.randn(columns, 8192, device="cuda", dtype=DTYPE)
+    with torch.no_grad(), sl.kernel_choice(block_matmul="hopper_few_columns"):
+        exact = F.linear(x.double(), w.to_dense().double())
+        assert_all_equal(lambda: (F.linear(x, w),), 300)
+        error = (F.linear(x, w).double() - exact).norm() / exact.norm()
+    assert error < torch.finfo(DTYPE).eps  # a result is rounded to half of it
 
 
 @pytest.mark.parametrize("block", [16, 64, 128])
