@@ -166,11 +166,14 @@ def hopper_attention_two_passes(facts: Facts) -> str | None:
     return hopper_attention(facts)
 
 
-# Up to 32 columns, as powers of two count, the kernel for few columns is the faster one. One H200,
-# bf16, a quarter of the blocks of 64 stored, us of Hopper's kernel and of that one: 64 columns 12.0
-# and 17.0 (4096 x 4096), 25.7 and 21.7 (8192 x 8192), 128 columns 11.3 and 16.7, 20.8 and 27.6
-# (2026-11-26).
+# Columns of the dense operand, as powers of two count. One H200, bf16, a quarter of the blocks of
+# 64 stored, us of `hopper` and of `triton_few_columns` (2026-11-26): 128 columns 11.3 and 16.7
+# (4096 x 4096), 20.8 and 27.6 (8192 x 8192). With 33 to 64 columns `hopper_few_columns` is the
+# fastest one, with fewer it is not: see there.
 HOPPER_COLUMNS = 128
+HOPPER_FEW_COLUMNS = 64
+# Rows of a block whose sums a warpgroup's registers hold.
+HOPPER_FEW_COLUMNS_ROWS = 256
 
 
 def _hopper_products(facts: Facts) -> str | None:
@@ -205,18 +208,13 @@ def hopper_block_matmul(facts: Facts) -> str | None:
     return _hopper_products(facts)
 
 
-# Rows of a block whose sums a warpgroup's registers hold.
-HOPPER_FEW_COLUMNS_ROWS = 256
-
-
 def hopper_few_columns(facts: Facts) -> str | None:
-    """As `_hopper_products`, for up to 64 columns of the dense operand, and blocks of up to 256
+    """As `_hopper_products`, for 33 to 64 columns of the dense operand, and blocks of up to 256
     rows.
     """
-    if facts.columns <= 32:
-        return f"takes more than 32 columns, not {facts.columns}"
-    if facts.columns > FEW_COLUMNS:
-        return f"takes up to {FEW_COLUMNS} columns of the dense operand, not {facts.columns}"
+    if facts.columns != HOPPER_FEW_COLUMNS:
+        few = f"{HOPPER_FEW_COLUMNS // 2 + 1} to {HOPPER_FEW_COLUMNS}"
+        return f"takes {few} columns of the dense operand, not {facts.columns}"
     reason = _hopper_products(facts)
     if reason is None and facts.block_size[0] > HOPPER_FEW_COLUMNS_ROWS:
         reason = f"takes blocks of up to {HOPPER_FEW_COLUMNS_ROWS} rows, not {facts.block_size[0]}"

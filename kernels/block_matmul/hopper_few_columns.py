@@ -30,6 +30,8 @@ from sparse_layouts.kernels.hopper_common import (
     rows_descriptor_type,
 )
 from sparse_layouts.kernels.launching import Launch
+from sparse_layouts.kernels.operand_copies import engine_readable
+from sparse_layouts.kernels.products import tma_readable
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES, kernel_signature
 
 
@@ -42,13 +44,17 @@ class Tuning(NamedTuple):
     early: int
 
 
-# By rows of a block, then columns of a tile. A step of so many rows takes 8, 16 or 32 KiB, and
-# 128 bytes a column: as many as 220 KiB hold.
-TUNINGS = {
-    64: {8: Tuning(20, 20), 16: Tuning(20, 20), 32: Tuning(18, 18), 64: Tuning(13, 13)},
-    128: {8: Tuning(12, 12), 16: Tuning(12, 12), 32: Tuning(11, 11), 64: Tuning(9, 9)},
-    256: {8: Tuning(6, 6), 16: Tuning(6, 6), 32: Tuning(6, 6), 64: Tuning(5, 5)},
-}
+# By rows of a block. A step of so many rows takes 8, 16 or 32 KiB, and its columns of x 8: as many
+# as 220 KiB hold.
+#
+# 8192 x 8192 in bf16, a quarter of the blocks stored, one of four weights after the other in a CUDA
+# graph, one H200, 64 columns, microseconds (2026-11-26): blocks of 64 18.7 (triton_few_columns
+# 21.8, hopper 44.8, cuBLAS 37.9), of 128 22.8 (22.1, 23.1, 37.9). Tiles of 8, 16 and 32 columns
+# took 16.9, 17.2 and 17.7, Triton 13.0, 12.8 and 17.6: fewer than 33 columns are left to it. A ring
+# of half the size took 15.5 with 16 columns, so less that is on its way might be more here too; the
+# L2 asked for nothing beforehand, or for twice as much, 17.1 and 17.8.
+TUNINGS = {64: Tuning(13, 13), 128: Tuning(9, 9), 256: Tuning(5, 5)}
+TILE_COLUMNS = 64
 # Entries of sums of pieces that are read at once: more do not fit into registers.
 TOGETHER = 16384
 MAX_REGISTERS = 128
@@ -75,6 +81,7 @@ def block_matmul(
     if out.numel() == 0 or p.num_blocks == 0:
         return finish_nothing(out, bias, activation)
     with torch.cuda.device_of(x):
+        values, x = engine_readable(values, 1), engine_readable(x)
         stream = torch.cuda.current_stream(x.device).cuda_stream
         launch(values, p, x, out, bias, activation).run(stream)
     return out
@@ -94,7 +101,7 @@ def launch(
     values = values if values_batch else values[:1]
     x, x_batch, x_pattern = broadcasts(x)
     values_t, x_t = values.stride(3) != 1, x.stride(3) != 1
-    constants, options = _constants(p.block_size, n, values_t, x_t, activation, p.num_patterns > 1)
+    constants, options = _constants(p.block_size, values_t, x_t, activation, p.num_patterns > 1)
     # in the order of the list, without gaps
     is_one_run = p.row_slots is None and values.is_contiguous()
     values, x = (t.mT if is_t else t for t, is_t in ((values, values_t), (x, x_t)))
@@ -105,7 +112,7 @@ def launch(
     def arguments() -> dict[str, Any]:
         return {
             "values_desc": rows_descriptor(values, 64 if values_t else p.block_size[0]),
-            "x_desc": _x_descriptor(x, constants["TN"], x_t),
+            "x_desc": _x_descriptor(x),
             "M": m,
             "N": n,
             "block_rows": p.grid[0],
@@ -186,44 +193,36 @@ class Prepared:
 
 def prepared(
     values: Tensor, pattern: BlockPattern, x: Tensor, out: Tensor, bias: Tensor | None
-) -> Prepared:
-    """What launches `out = W @ x + bias` again."""
-    return Prepared(values, pattern, x, out, bias)
+) -> Prepared | None:
+    """What launches `out = W @ x + bias` again; None where an operand is copied first."""
+    readable = tma_readable(values) and tma_readable(x)
+    return Prepared(values, pattern, x, out, bias) if readable else None
 
 
-def _x_layout(tile_columns: int, x_t: bool) -> gl.NVMMASharedLayout:
-    """Of x by columns, 64 entries of K lie together; by rows a tile's columns do."""
-    together = 64 if x_t else tile_columns
-    return gl.NVMMASharedLayout(swizzle_byte_width=2 * together, element_bitwidth=16, rank=4)
+# 64 entries of x along K, of each of 64 columns, or the other way round
+X_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+X_BOX = [1, 1, 64, 64]
 
 
-def _x_box(tile_columns: int, x_t: bool) -> list[int]:
-    return [1, 1, tile_columns, 64] if x_t else [1, 1, 64, tile_columns]
-
-
-def _x_descriptor(x: Tensor, tile_columns: int, x_t: bool) -> TensorDescriptor:
+def _x_descriptor(x: Tensor) -> TensorDescriptor:
     rows = rows_descriptor(x, 64)
-    box, layout = _x_box(tile_columns, x_t), _x_layout(tile_columns, x_t)
-    return TensorDescriptor(x, rows.shape, rows.strides, box, layout)
+    return TensorDescriptor(x, rows.shape, rows.strides, X_BOX, X_LAYOUT)
 
 
 def _constants(
     block_size: tuple[int, int],
-    n: int,
     values_t: bool,
     x_t: bool,
     activation: str | None,
     several: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    least = 8 if x_t else 16  # columns of the narrowest box that is swizzled
-    columns = min(c for c in TUNINGS[block_size[0]] if c >= max(n, least))
-    tuning = TUNINGS[block_size[0]][columns]
+    tuning = TUNINGS[block_size[0]]
     constants = {
         "BM": block_size[0],
         "BK": block_size[1],
-        "TN": columns,
+        "TN": TILE_COLUMNS,
         "FIELDS": STRETCH_FIELDS,
-        "TOGETHER": min(4, max(1, TOGETHER // (block_size[0] * columns))),
+        "TOGETHER": min(4, max(1, TOGETHER // (block_size[0] * TILE_COLUMNS))),
         "PATTERNS": several,
         "VALUES_T": values_t,
         "X_T": x_t,
@@ -237,37 +236,31 @@ def _constants(
 def compilations() -> Iterator[Compilation]:
     """Every tuning, and every orientation of operands, epilogues, several patterns, fp16."""
     bf16, as_linear = torch.bfloat16, (False, True)
-    for rows, by_columns in TUNINGS.items():
-        for columns in by_columns:
-            yield _compilation((rows, rows), bf16, columns, as_linear)
     for rows in TUNINGS:
-        for columns in (16, 32, 64):
-            yield _compilation((rows, 64), bf16, columns, (False, False))
+        yield _compilation((rows, rows), bf16, as_linear)
+        yield _compilation((rows, 64), bf16, (False, False))
         for x_t in (False, True):
-            yield _compilation((rows, 128), bf16, 16, (True, x_t))
-    yield _compilation((64, 64), torch.float16, 8, as_linear)
-    yield _compilation((64, 256), bf16, 8, as_linear, several=True)
+            yield _compilation((rows, 128), bf16, (True, x_t))
+    yield _compilation((64, 64), torch.float16, as_linear)
+    yield _compilation((64, 256), bf16, as_linear, several=True)
     for activation in ACTIVATIONS:
-        yield _compilation((64, 64), bf16, 16, as_linear, activation)
-    yield _compilation((256, 64), bf16, 64, as_linear, "gelu_tanh")
+        yield _compilation((64, 64), bf16, as_linear, activation)
+    yield _compilation((256, 64), bf16, as_linear, "gelu_tanh")
 
 
 def _compilation(
     block_size: tuple[int, int],
     dtype: torch.dtype,
-    columns: int,
     turned: tuple[bool, bool],
     activation: str | None = None,
     several: bool = False,
 ) -> Compilation:
     name = DTYPE_NAMES[dtype]
     values_t, x_t = turned
-    constants, options = _constants(block_size, columns, *turned, activation, several)
-    tile_columns = constants["TN"]
-    x_type = f"{name}{_x_box(tile_columns, x_t)},{_x_layout(tile_columns, x_t)!r}"
+    constants, options = _constants(block_size, *turned, activation, several)
     given = {
         "values_desc": rows_descriptor_type(dtype, 64 if values_t else block_size[0]),
-        "x_desc": f"tensordesc<{x_type}>",
+        "x_desc": f"tensordesc<{name}{X_BOX},{X_LAYOUT!r}>",
         "values_ptr": f"*{name}",
         "sums_ptr": "*fp32",
         "bias_ptr": f"*{name}",
@@ -277,7 +270,7 @@ def _compilation(
     if activation is None:
         absent.append("bias_ptr")
     constexprs = constants | dict.fromkeys(absent)
-    parts = ["x".join(map(str, block_size)), name, str(tile_columns), activation or ""]
+    parts = ["x".join(map(str, block_size)), name, activation or ""]
     parts += [what * on for what, on in zip(("values_t", "x_t"), turned, strict=True)]
     parts.append("patterns" * several)
     return Compilation(

@@ -298,12 +298,14 @@ def test_as_if_on_a_gpu(w: sl.BSRTensor) -> None:
 @pytest.mark.parametrize(
     ("columns", "block", "capability", "kernel"),
     [
-        (1, 64, (9, 0), "hopper_few_columns"),
-        (32, 128, (9, 0), "hopper_few_columns"),
-        (33, 64, (9, 0), "hopper"),
-        (8, 32, (9, 0), "triton_few_columns"),
-        (8, 64, (10, 0), "triton_few_columns"),
-        (8, 512, (9, 0), "triton_few_columns"),  # a warpgroup has no registers for so many rows
+        (1, 64, (9, 0), "triton_few_columns"),
+        (32, 128, (9, 0), "triton_few_columns"),
+        (33, 64, (9, 0), "hopper_few_columns"),
+        (64, 128, (9, 0), "hopper_few_columns"),
+        (65, 64, (9, 0), "hopper"),
+        (40, 32, (9, 0), "triton_few_columns"),
+        (40, 64, (10, 0), "triton_few_columns"),
+        (40, 512, (9, 0), "triton_few_columns"),  # a warpgroup has no registers for so many rows
     ],
 )
 def test_few_columns_as_if_on_a_gpu(

@@ -474,27 +474,27 @@ FEW_COLUMN_CASES = [
     ),
 ]
 
-# the same of blocks from 64 in steps of 16 bytes, which one of Hopper's kernels cuts evenly
+# 33 to 64 columns, blocks from 64, steps of 16 bytes: one of Hopper's kernels cuts the list evenly
 FEW_COLUMN_CASES += [
-    BlockCase("even_64", Stored((192, 320), (64, 64)), width=1, dense="mT", flip=True),
-    BlockCase("even_64_rows_of_x", Stored((320, 192), (64, 64)), batch=2, width=16),
+    BlockCase("even_64", Stored((192, 320), (64, 64)), width=33, dense="mT", flip=True),
+    BlockCase("even_64_rows_of_x", Stored((320, 192), (64, 64)), batch=2, width=48),
     BlockCase("even_64_wide_rows_of_x", Stored((320, 192), (64, 64)), width=40),
-    BlockCase("even_128", Stored((384, 640), (128, 128), 2), batch=3, width=8, dense="mT"),
+    BlockCase("even_128", Stored((384, 640), (128, 128), 2), batch=3, width=64, dense="mT"),
     BlockCase("even_256", Stored((512, 768), (256, 256)), width=33, dense="mT", share=True),
-    BlockCase("even_wide", Stored((192, 1024), (64, 256)), batch=2, width=24),
+    BlockCase("even_wide", Stored((192, 1024), (64, 256)), batch=2, width=56),
     BlockCase(
         "even_power_law",
         Stored((1280, 4160), (64, 64), 2, blocks="power"),
         batch=2,
         share=True,
-        width=13,
+        width=45,
         dense="mT",
         flip=True,
     ),
     BlockCase(
         "even_power_law_128",
         Stored((1280, 8320), (128, 128), blocks="power"),
-        width=3,
+        width=35,
         dense="mT",
         flip=True,
         bias=True,
@@ -503,7 +503,7 @@ FEW_COLUMN_CASES += [
     BlockCase(
         "even_transposed",
         Stored((1280, 4160), (64, 128), 2, blocks="power", transposed=True),
-        width=5,
+        width=37,
         values="mT",
         dense="mT",
         flip=True,
@@ -511,15 +511,16 @@ FEW_COLUMN_CASES += [
     BlockCase(
         "even_transposed_128",
         Stored((1408, 4224), (128, 128), transposed=True),
-        width=32,
+        width=64,
         values="mT",
     ),
-    BlockCase("even_slots", Stored((1280, 4160), (64, 64), transposed=True), width=16),
-    BlockCase("even_long_row", Stored((64, 32768), (64, 64), blocks="all"), width=8, dense="mT"),
+    BlockCase("even_steps", Stored((192, 256), (64, 64), 2), batch=2, width=40, dense="step"),
+    BlockCase("even_slots", Stored((1280, 4160), (64, 64), transposed=True), width=48),
+    BlockCase("even_long_row", Stored((64, 32768), (64, 64), blocks="all"), width=40, dense="mT"),
     BlockCase(
         "even_gaps",
         Stored((200, 456), (64, 64), 2, blocks="gaps"),
-        width=2,
+        width=34,
         dense="mT",
         flip=True,
         bias=True,

@@ -170,7 +170,8 @@ def test_products_of_copies_run_on_hopper(how: str, monkeypatch: pytest.MonkeyPa
     def of(values: Tensor, x: Tensor, pattern: BlockPattern = p) -> str:
         return chosen("block_matmul", block_matmul.facts(values, pattern, x))
 
-    assert of(values, x) == of(values, strange) == of(values, strange[..., :64]) == "hopper"
+    assert of(values, x) == of(values, strange) == of(values, strange[..., :128]) == "hopper"
+    assert of(values, strange[..., :64]) == "hopper_few_columns"
     assert of(laid_out(values, how), strange) == "hopper"
     assert of(laid_out(values, how), x[..., :128]) == "triton"  # too few columns for copied values
     assert of(values, strange[..., :32]) == "triton_few_columns"
@@ -188,14 +189,15 @@ def test_products_of_copies_run_on_hopper(how: str, monkeypatch: pytest.MonkeyPa
 
 def test_launches_with_a_copy_are_not_settled() -> None:
     pytest.importorskip("triton")
-    from sparse_layouts.kernels.block_matmul import hopper_block_matmul
+    from sparse_layouts.kernels.block_matmul import hopper_block_matmul, hopper_few_columns
     from sparse_layouts.kernels.sddmm import hopper_sddmm
 
     p = make_pattern(Stored((128, 128), (64, 64), blocks="all"), random_source("settled"))
     x = torch.zeros(1, 1, 128, 128, dtype=torch.bfloat16)
     values = torch.zeros(1, 4, 64, 64, dtype=torch.bfloat16)
-    assert hopper_block_matmul.prepared(values, p, laid_out(x, "step"), x, None) is None
-    assert hopper_block_matmul.prepared(laid_out(values, "offset"), p, x, x, None) is None
+    for module in (hopper_block_matmul, hopper_few_columns):
+        assert module.prepared(values, p, laid_out(x, "step"), x, None) is None
+        assert module.prepared(laid_out(values, "offset"), p, x, x, None) is None
     assert hopper_sddmm.prepared(x, laid_out(x, "step"), p, values) is None
     assert hopper_sddmm.prepared(laid_out(x, "offset"), x, p, values) is None
 

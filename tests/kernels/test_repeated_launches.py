@@ -54,7 +54,7 @@ def test_products_with_blocks(block: int, columns: int) -> None:
         assert_all_equal(lambda: (F.linear(x, w),), 200 if columns <= 64 else 30)
 
 
-@pytest.mark.parametrize("columns", [1, 8, 16, 64])
+@pytest.mark.parametrize("columns", [33, 64])
 @pytest.mark.parametrize("block", [64, 128])
 def test_products_in_pieces(block: int, columns: int) -> None:
     w = weights(8192, block, 0.25)
