@@ -39,7 +39,9 @@ class Facts(NamedTuple):
     copies of them that pay, and write the result (False off Hopper). `partial`: whether a sampled
     product's pattern has blocks that are stored in part, or that reach over the matrix's edge.
     `sixteenths`: of a product's large block matrix, how many sixteenths are stored, rounded down (0
-    for one of less than 2**22 entries). A sampled product's `columns` are those that it contracts.
+    for one of less than 2**22 entries). `long_rows`: whether a product has so few and so long block
+    rows that these have to be cut to fill a GPU. A sampled product's `columns` are those that it
+    contracts.
     """
 
     device: str
@@ -63,6 +65,7 @@ class Facts(NamedTuple):
     head_bytes: int = 0
     partial: bool = False
     sixteenths: int = 0
+    long_rows: bool = False
 
 
 Requires = Callable[[Facts], "str | None"]

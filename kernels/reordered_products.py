@@ -11,7 +11,7 @@ from sparse_layouts.block_pattern import transpose_pattern
 from sparse_layouts.dispatch import Use
 from sparse_layouts.kernels import block_matmul, sddmm
 from sparse_layouts.kernels.product_routes import register_products
-from sparse_layouts.kernels.products import Family, power_of_two
+from sparse_layouts.kernels.products import Family, long_rows_fact, power_of_two
 from sparse_layouts.reordered_tensor import ReorderedTensor
 
 
@@ -64,7 +64,8 @@ def _uses(layout: ReorderedTensor, x: Tensor, transposed_output: bool = False) -
     own = block_matmul.facts(values, pattern, x, transposed_output)
     uses = [Use("forward", block_matmul.OP, own)]
     if torch.is_grad_enabled() and x.requires_grad:
-        turned = own._replace(block_size=flipped.block_size)
+        long_rows = long_rows_fact(flipped, x, x.shape[-1])
+        turned = own._replace(block_size=flipped.block_size, long_rows=long_rows)
         uses.append(Use("gradient of the dense operand", block_matmul.OP, turned))
     if torch.is_grad_enabled() and layout.requires_grad:
         sampled = own._replace(
@@ -76,8 +77,19 @@ def _uses(layout: ReorderedTensor, x: Tensor, transposed_output: bool = False) -
 
 def _uses_of_sample(a: Tensor, b: Tensor, mask: ReorderedTensor) -> list[Use]:
     own = sddmm.facts(a, b, mask.block_pattern)
-    product = own._replace(columns=power_of_two(a.shape[-1]), partial=False)
-    flipped = product._replace(block_size=own.block_size[::-1])
+    columns, pattern = a.shape[-1], mask.block_pattern
+    if mask.axis == -1:
+        pattern = transpose_pattern(pattern)
+    product = own._replace(
+        block_size=pattern.block_size,
+        columns=power_of_two(columns),
+        partial=False,
+        long_rows=long_rows_fact(pattern, a, columns),
+    )
+    flipped = product._replace(
+        block_size=pattern.block_size[::-1],
+        long_rows=long_rows_fact(pattern, a, columns, transposed=True),
+    )
     uses = [Use("forward", sddmm.OP, own)]
     for name, factor, gradient in (("a", a, product), ("b", b, flipped)):
         if torch.is_grad_enabled() and factor.requires_grad:

@@ -65,9 +65,12 @@ FEW_COLUMNS = 64
 
 
 def triton_few_columns(facts: Facts) -> str | None:
-    """As `triton_blocks`, for up to 64 columns of the dense operand."""
-    if facts.columns > FEW_COLUMNS:
-        return f"takes up to {FEW_COLUMNS} columns of the dense operand, not {facts.columns}"
+    """As `triton_blocks`, for up to 64 columns of the dense operand, or few and long block rows."""
+    if facts.columns > FEW_COLUMNS and not facts.long_rows:
+        return (
+            f"takes up to {FEW_COLUMNS} columns of the dense operand, not {facts.columns}, but for "
+            "few and long block rows"
+        )
     return triton_blocks(facts)
 
 
@@ -205,6 +208,8 @@ def hopper_block_matmul(facts: Facts) -> str | None:
             f"takes more than {HOPPER_COLUMNS // 2} columns of the dense operand, not "
             f"{facts.columns}"
         )
+    if facts.long_rows:
+        return "cuts no block rows, of which these are few and long"
     return _hopper_products(facts)
 
 

@@ -30,6 +30,7 @@ from sparse_layouts.kernels.product_routes import register_products
 from sparse_layouts.kernels.products import (
     Family,
     broadcast_product,
+    long_rows_fact,
     power_of_two,
     sixteenths_fact,
 )
@@ -63,6 +64,7 @@ def facts(
         and reads_well(x, rows)
         and unbroken * values.element_size() % 16 == 0,
         sixteenths=sixteenths_fact(pattern),
+        long_rows=long_rows_fact(pattern, x, columns),
     )
 
 
@@ -155,7 +157,7 @@ def _uses(layout: BSRTensor, x: Tensor, transposed_output: bool = False) -> list
     assert layout.inner_values is not None
     pattern = layout.block_pattern
     own = facts(layout.inner_values, pattern, x, transposed_output)
-    flipped = own._replace(block_size=own.block_size[::-1])
+    flipped = _flipped(own, pattern, x, x.shape[-1])
     sampled = own._replace(partial=sddmm.is_partial(pattern))
     uses = [Use("forward", OP, own)]
     if torch.is_grad_enabled() and x.requires_grad:
@@ -165,10 +167,18 @@ def _uses(layout: BSRTensor, x: Tensor, transposed_output: bool = False) -> list
     return uses
 
 
+def _flipped(own: Facts, pattern: BlockPattern, operand: Tensor, columns: int) -> Facts:
+    """The facts of a product with the transpose."""
+    long_rows = long_rows_fact(pattern, operand, columns, transposed=True)
+    return own._replace(block_size=own.block_size[::-1], long_rows=long_rows)
+
+
 def _uses_of_sample(a: Tensor, b: Tensor, mask: BSRTensor) -> list[Use]:
     own = sddmm.facts(a, b, mask.block_pattern)
-    product = own._replace(partial=False)
-    flipped = product._replace(block_size=own.block_size[::-1])
+    columns, pattern = a.shape[-1], mask.block_pattern
+    long_rows = long_rows_fact(pattern, a, columns)
+    product = own._replace(partial=False, long_rows=long_rows)
+    flipped = _flipped(product, pattern, a, columns)
     uses = [Use("forward", sddmm.OP, own)]
     for name, factor, gradient in (("a", a, product), ("b", b, flipped)):
         if torch.is_grad_enabled() and factor.requires_grad:

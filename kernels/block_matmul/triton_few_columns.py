@@ -1,5 +1,5 @@
 """block_matmul in Triton for a few columns of x, as in decoding: the values are read once, at the
-speed of memory.
+speed of memory. Also for more columns where a result has few block rows, and these are long.
 
 One program an item of `row_cuts.py`, which is a part of a block row, or a slice of its rows.
 """

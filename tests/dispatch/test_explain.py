@@ -318,6 +318,33 @@ def test_few_columns_as_if_on_a_gpu(
 
 
 @pytest.mark.parametrize(
+    ("shape", "columns", "kernel"),
+    [
+        ((64, 4096), 2048, "triton_few_columns"),
+        ((64, 4096), 2049, "hopper"),  # 17 tiles
+        ((128, 4096), 1024, "triton_few_columns"),
+        ((128, 4096), 2048, "hopper"),
+        ((64, 512), 2048, "hopper"),  # nothing to cut
+    ],
+)
+def test_few_long_rows_as_if_on_a_gpu(shape: tuple[int, int], columns: int, kernel: str) -> None:
+    w = sl.bsr(torch.ones(shape, dtype=torch.bfloat16), 64)
+    x = torch.ones(columns + 7 & -8, shape[1], dtype=torch.bfloat16)[:columns]
+    said = sl.explain(torch.nn.functional.linear, x, w).on_gpu((9, 0))
+    assert said.kernel == kernel
+    if kernel == "hopper":
+        assert "but for few and long block rows" in said.text()
+
+
+def test_gradients_of_few_long_rows_as_if_on_a_gpu() -> None:
+    w = sl.bsr(torch.ones(64, 4096, dtype=torch.bfloat16), 64).requires_grad_()
+    x = torch.ones(2048, 4096, dtype=torch.bfloat16, requires_grad=True)
+    said = sl.explain(torch.nn.functional.linear, x, w).on_gpu((9, 0))
+    kernels = [v.kernel.name for plan in said.ops for v in plan.verdicts if v.chosen]
+    assert kernels == ["triton_few_columns", "hopper", "hopper"]
+
+
+@pytest.mark.parametrize(
     ("head_dim", "dtype", "capability", "kernel"),
     [
         (64, torch.bfloat16, (9, 0), "hopper"),
