@@ -1,9 +1,8 @@
 """Operands that are copied before a product, because its kernel reads them badly, or not at all, as
 they lie: when that pays, and the copies.
 
-A copy reads and writes an operand once, 67 MB for 4096 x 4096 in 16 bits. At an H200's 4.2 TB/s,
-of which :mod:`.triton_strided_copy` is reckoned to reach 0.55, that takes 29 us (16 at the full
-rate; torch's transposing copy 122, 2026-11-26).
+A copy reads and writes an operand once, 67 MB for 4096 x 4096 in 16 bits: 16 us at an H200's 4.2
+TB/s, 22 by :mod:`.triton_strided_copy` (torch's transposing copy 125, 2026-11-26).
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from sparse_layouts.kernels.products import tma_readable
 # copy that costs nothing would gain nothing: us as it lies and from the better layout, 4096^3 in
 # bf16, one H200, 2026-11-26, 5%, 10% and 25% of the blocks stored: 48, 75, 153 and 50, 79, 163.
 SHORT_PIECE_BYTES = 32
-# With blocks of 16 every read of the whole operand in short pieces takes 2.3 to 3.3 us more than it
-# has to, per 33.5 MB; the copy takes 22 (torch's own 125). Measured there, 5, 8, 10 and 25% stored
-# (12.8, 20, 26 and 64 reads), as it lies and always copied: F.linear 113, 169, 204, 465 and 123,
-# 141, 162, 319, sddmm 120, 171, 206, 435 and 110, 137, 161, 316.
+# With blocks of 16 the copy takes as long as 7 to 24 reads of the whole operand in short pieces
+# take more than they have to. Measured there, 5, 8, 10 and 25% stored (12.8, 20, 26 and 64 reads),
+# us as it lies and always copied: F.linear 113, 169, 204, 465 and 123, 141, 162, 319, sddmm 120,
+# 171, 206, 435 and 110, 137, 161, 316.
 READS_WORTH_A_COPY = 18
 # What the copy engine cannot read is copied for the Hopper kernels if each of its entries is
 # multiplied so often, by four blocks of 64. W @ x of 4096^3 in bf16, blocks of 64, one H200, us

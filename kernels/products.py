@@ -375,15 +375,20 @@ FEW_TILES = 16
 LONG_ROW = 1024
 
 
-def long_rows_fact(
-    pattern: BlockPattern, operand: Tensor, columns: int, *, transposed: bool = False
-) -> bool:
-    """Whether a product of a layout, or of its transpose, has few block rows to share out, and long
-    ones; `operand` (*batch, any, any), of which each matrix meets one of the pattern's.
+def long_rows_fact(pattern: BlockPattern, x: Tensor) -> bool:
+    """Whether a product with x (*any, K, N) has few block rows to share out, and long ones."""
+    p = pattern
+    matrices = max(p.num_patterns, math.prod(x.shape[:-2]))
+    tiles = matrices * -(-p.shape[0] // 64) * -(-x.shape[-1] // 128)
+    stored = p.num_blocks * p.block_size[1]
+    return 0 < tiles <= FEW_TILES and stored >= LONG_ROW * p.num_patterns * p.grid[0]
+
+
+def like_result(rows: int, x: Tensor, transposed_output: bool) -> Tensor:
+    """A tensor without memory that lies as the product of a layout of so many rows and x, and as
+    its gradient.
     """
-    p, turn = pattern, -1 if transposed else 1
-    (rows, _), (block_rows, _) = p.shape[::turn], p.grid[::turn]
-    matrices = max(p.num_patterns, math.prod(operand.shape[:-2]))
-    tiles = matrices * -(-rows // 64) * -(-columns // 128)
-    stored = p.num_blocks * p.block_size[::turn][1]
-    return 0 < tiles <= FEW_TILES and stored >= LONG_ROW * p.num_patterns * block_rows
+    shape = (*x.shape[:-2], rows, x.shape[-1])
+    if transposed_output:
+        return torch.empty(*shape[:-2], shape[-1], rows, dtype=x.dtype, device="meta").mT
+    return torch.empty(shape, dtype=x.dtype, device="meta")

@@ -11,7 +11,7 @@ from sparse_layouts.block_pattern import transpose_pattern
 from sparse_layouts.dispatch import Use
 from sparse_layouts.kernels import block_matmul, sddmm
 from sparse_layouts.kernels.product_routes import register_products
-from sparse_layouts.kernels.products import Family, long_rows_fact, power_of_two
+from sparse_layouts.kernels.products import Family, by_columns, like_result
 from sparse_layouts.reordered_tensor import ReorderedTensor
 
 
@@ -62,36 +62,29 @@ def _uses(layout: ReorderedTensor, x: Tensor, transposed_output: bool = False) -
     if layout.axis == -1:
         values, pattern, flipped = values.mT, flipped, pattern
     own = block_matmul.facts(values, pattern, x, transposed_output)
+    grad = like_result(pattern.shape[0], x, transposed_output)
     uses = [Use("forward", block_matmul.OP, own)]
     if torch.is_grad_enabled() and x.requires_grad:
-        long_rows = long_rows_fact(flipped, x, x.shape[-1])
-        turned = own._replace(block_size=flipped.block_size, long_rows=long_rows)
+        turned = block_matmul.facts(values.mT, flipped, grad, by_columns(grad))
         uses.append(Use("gradient of the dense operand", block_matmul.OP, turned))
     if torch.is_grad_enabled() and layout.requires_grad:
+        a, b = (x, grad.mT) if layout.axis == -1 else (grad, x.mT)
         sampled = own._replace(
-            block_size=layout.block_size, partial=sddmm.is_partial(layout.block_pattern)
+            block_size=layout.block_size,
+            partial=sddmm.is_partial(layout.block_pattern),
+            tma=own.capability == (9, 0) and sddmm.tma_fact(a, b, layout.block_pattern),
         )
         uses.append(Use("gradient of the layout's values", sddmm.OP, sampled))
     return uses
 
 
 def _uses_of_sample(a: Tensor, b: Tensor, mask: ReorderedTensor) -> list[Use]:
-    own = sddmm.facts(a, b, mask.block_pattern)
-    columns, pattern = a.shape[-1], mask.block_pattern
+    pattern = mask.block_pattern
+    own = sddmm.facts(a, b, pattern)
     if mask.axis == -1:
         pattern = transpose_pattern(pattern)
-    product = own._replace(
-        block_size=pattern.block_size,
-        columns=power_of_two(columns),
-        partial=False,
-        long_rows=long_rows_fact(pattern, a, columns),
-    )
-    flipped = product._replace(
-        block_size=pattern.block_size[::-1],
-        long_rows=long_rows_fact(pattern, a, columns, transposed=True),
-    )
     uses = [Use("forward", sddmm.OP, own)]
-    for name, factor, gradient in (("a", a, product), ("b", b, flipped)):
+    for name, factor, gradient in block_matmul.gradients_of_sample(own, a, b, pattern):
         if torch.is_grad_enabled() and factor.requires_grad:
             uses.append(Use(f"gradient of {name}", block_matmul.OP, gradient))
     return uses

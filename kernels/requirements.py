@@ -172,7 +172,7 @@ def hopper_attention_two_passes(facts: Facts) -> str | None:
 # Columns of the dense operand, as powers of two count. One H200, bf16, a quarter of the blocks of
 # 64 stored, us of `hopper` and of `triton_few_columns` (2026-11-26): 128 columns 11.3 and 16.7
 # (4096 x 4096), 20.8 and 27.6 (8192 x 8192). With 33 to 64 columns `hopper_few_columns` is the
-# fastest one, with fewer it is not: see there.
+# fastest one for blocks of 64, and as fast as the others for 128; with fewer it is not: see there.
 HOPPER_COLUMNS = 128
 HOPPER_FEW_COLUMNS = 64
 # Rows of a block whose sums a warpgroup's registers hold.
@@ -236,10 +236,10 @@ def hopper_sddmm(facts: Facts) -> str | None:
 
 # Where the kernels on blocks lose to cuBLAS on a dense matrix in scratch memory: sixteenths of the
 # matrix that are stored, by the rows of a block. Microseconds in bf16, 4096^3, one H200, of the
-# former and of this at 10, 25 and 50%, where cuBLAS alone takes 178 (2026-11-26): blocks of 16,
-# W @ x 140, 298, 552 and 228, 243, 261; F.linear (x by columns) 206, 459, 674 and 241, 255, 273;
-# sddmm 139, 288, 664 and 187, 190, 195; blocks of 32, W @ x 79, 167, 313 and 223, 236, 255; sddmm
-# 75, 153, 317 and 185, 188, 192; of 64 at 50% W @ x 140 and 241, sddmm 136 and 190.
+# former and of this at 10, 25 and 50%, where cuBLAS alone takes 178 (2026-11-26): blocks of 16, W @
+# x 140, 298, 552 and 228, 243, 261; F.linear, whose x is copied, 162, 319, - and 241, 255, 273;
+# sddmm likewise 161, 316, - and 187, 190, 195; blocks of 32, W @ x 79, 167, 313 and 223, 236, 255;
+# sddmm 75, 153, 317 and 185, 188, 192; of 64 at 50% W @ x 140 and 241, sddmm 136 and 190.
 DENSE_MATMUL_SIXTEENTHS = {16: 3, 32: 7}
 DENSE_SDDMM_SIXTEENTHS = {16: 3, 32: 5}
 # From here on (1025 columns, rounded up) multiplying the matrix takes longer than moving it.

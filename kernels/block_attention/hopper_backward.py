@@ -26,8 +26,8 @@ from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_attention.triton_common import (
     kept_scale,
     padded_head_dim,
+    readied,
     signature,
-    tma_ready,
 )
 from sparse_layouts.kernels.block_attention.unit_schedule import (
     GradientSchedules,
@@ -143,7 +143,7 @@ def block_attention_backward(
         return dq.zero_(), dk.zero_(), dv.zero_(), None
     keep = (dropout_p, seed) if seed is not None and dropout_p > 0 else (0.0, None)
     plan = _plan(q, k, v, pattern, head_map, scale, *keep)
-    dout = dout if tma_ready(dout) else dout.contiguous()
+    dout = readied(dout)
     terms, workspace = _scratch(plan, q)
     _launch_terms(out, dout, lse, dlse, terms, pattern, plan.units)
     arguments = plan.shared | _described(q, k, v, dout, terms, workspace, dq, dk, dv)

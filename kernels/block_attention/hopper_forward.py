@@ -102,6 +102,7 @@ def block_attention(
     out = torch.empty_like(q) if value_dim == q.shape[-1] else q.new_empty(*q.shape[:-1], value_dim)
     lse = torch.empty(q.shape[:-1], device=q.device, dtype=torch.float32)
     nothing = lse.numel() == 0 or pattern.num_blocks == 0 or k.shape[2] == 0
+    nothing = nothing or (sequences is not None and sequences.num_sequences == 0)
     if nothing or sequences is not None:  # rows of no sequence are not written
         out.zero_()
         lse.fill_(-math.inf)

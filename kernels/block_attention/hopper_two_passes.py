@@ -21,8 +21,8 @@ from sparse_layouts.kernels.block_attention import hopper_dkdv, hopper_dkdv_wide
 from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_attention.triton_common import (
     padded_head_dim,
+    readied,
     signature,
-    tma_ready,
 )
 
 # rows that a program of `attention_terms` takes, by padded head size of v
@@ -93,19 +93,22 @@ def block_attention_backward(
     assert bias is None, "its requirement excludes a bias"
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     nothing = pattern.num_blocks == 0 or any(t.numel() == 0 for t in (q, k, v))
+    nothing = nothing or (sequences is not None and sequences.num_sequences == 0)
     if nothing or sequences is not None:  # rows of no sequence are not written
-        dq.zero_(), dk.zero_(), dv.zero_()
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
     if nothing:
         return dq, dk, dv, None
     if seed is None or dropout_p <= 0:
         dropout_p, seed = 0.0, None
-    dout = dout if tma_ready(dout) else dout.contiguous()
+    dout = readied(dout)
     terms = row_terms(out, dout, lse, dlse)
     wide = max(q.shape[-1], v.shape[-1]) > hopper_dkdv.MOST_HEAD_DIM
     by_column = (hopper_dkdv_wide if wide else hopper_dkdv).gradient_of_keys
     options = {"scale": scale, "dropout_p": dropout_p, "seed": seed, "sequences": sequences}
-    by_column(dout, q, k, v, terms, dk, dv, pattern, head_map, **options)
-    hopper_dq.gradient_of_queries(dout, q, k, v, terms, dq, pattern, head_map, **options)
+    with torch.cuda.device_of(q):
+        by_column(dout, q, k, v, terms, dk, dv, pattern, head_map, **options)
+        hopper_dq.gradient_of_queries(dout, q, k, v, terms, dq, pattern, head_map, **options)
     return dq, dk, dv, None
 
 

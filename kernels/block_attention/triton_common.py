@@ -209,6 +209,11 @@ def tma_ready(x: Tensor) -> bool:
     return x.stride(-1) == 1 and strides_fit and x.data_ptr() % 16 == 0
 
 
+def readied(x: Tensor) -> Tensor:
+    """x, or a copy of it, as TMA can read it. A contiguous x may begin at any address."""
+    return x if tma_ready(x) else x.clone(memory_format=torch.contiguous_format)
+
+
 def tile_descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A descriptor of (B, H, N, D) that loads [1, 1, rows, columns]; zeros lie outside."""
     # the stride of a dimension of one is never used, but has to be a multiple of 16 bytes

@@ -8,12 +8,13 @@ layer's bias and activation are part of it: `activation(W @ x + bias)`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from sparse_layouts import opaque
-from sparse_layouts.block_pattern import BlockPattern
+from sparse_layouts.block_pattern import BlockPattern, transpose_pattern
 from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.dispatch import (
     Facts,
@@ -30,6 +31,8 @@ from sparse_layouts.kernels.product_routes import register_products
 from sparse_layouts.kernels.products import (
     Family,
     broadcast_product,
+    by_columns,
+    like_result,
     long_rows_fact,
     power_of_two,
     sixteenths_fact,
@@ -52,20 +55,27 @@ def facts(
     values: Tensor, pattern: BlockPattern, x: Tensor, transposed_output: bool = False
 ) -> Facts:
     """What the choice of a kernel depends on."""
-    columns, p = x.shape[-1], pattern
-    rows = uses_of_each(p.num_blocks * p.block_size[0], p.num_patterns * p.grid[1])
-    unbroken = pattern.shape[0] if transposed_output else columns
+    columns = x.shape[-1]
+    hopper = capability_of(values.device) == (9, 0)
     return facts_of(
         values,
         block_size=pattern.block_size,
         columns=power_of_two(columns),
-        tma=capability_of(values.device) == (9, 0)
-        and reads_well(values, columns)
-        and reads_well(x, rows)
-        and unbroken * values.element_size() % 16 == 0,
+        tma=hopper and tma_fact(values, pattern, x, transposed_output),
         sixteenths=sixteenths_fact(pattern),
-        long_rows=long_rows_fact(pattern, x, columns),
+        long_rows=long_rows_fact(pattern, x),
     )
+
+
+def tma_fact(
+    values: Tensor, pattern: BlockPattern, x: Tensor, transposed_output: bool = False
+) -> bool:
+    """Whether the copy engine can read the operands, or copies that pay, and write the result."""
+    p, columns = pattern, x.shape[-1]
+    rows = uses_of_each(p.num_blocks * p.block_size[0], p.num_patterns * p.grid[1])
+    unbroken = p.shape[0] if transposed_output else columns
+    written = unbroken * values.element_size() % 16 == 0
+    return written and reads_well(values, columns) and reads_well(x, rows)
 
 
 def _launch(
@@ -155,10 +165,14 @@ def multiply_blocks(
 
 def _uses(layout: BSRTensor, x: Tensor, transposed_output: bool = False) -> list[Use]:
     assert layout.inner_values is not None
-    pattern = layout.block_pattern
-    own = facts(layout.inner_values, pattern, x, transposed_output)
-    flipped = _flipped(own, pattern, x, x.shape[-1])
-    sampled = own._replace(partial=sddmm.is_partial(pattern))
+    values, pattern = layout.inner_values, layout.block_pattern
+    own = facts(values, pattern, x, transposed_output)
+    grad = like_result(pattern.shape[0], x, transposed_output)
+    flipped = facts(values.mT, transpose_pattern(pattern), grad, by_columns(grad))
+    sampled = own._replace(
+        partial=sddmm.is_partial(pattern),
+        tma=capability_of(x.device) == (9, 0) and sddmm.tma_fact(grad, x.mT, pattern),
+    )
     uses = [Use("forward", OP, own)]
     if torch.is_grad_enabled() and x.requires_grad:
         uses.append(Use("gradient of the dense operand", OP, flipped))
@@ -167,23 +181,35 @@ def _uses(layout: BSRTensor, x: Tensor, transposed_output: bool = False) -> list
     return uses
 
 
-def _flipped(own: Facts, pattern: BlockPattern, operand: Tensor, columns: int) -> Facts:
-    """The facts of a product with the transpose."""
-    long_rows = long_rows_fact(pattern, operand, columns, transposed=True)
-    return own._replace(block_size=own.block_size[::-1], long_rows=long_rows)
-
-
 def _uses_of_sample(a: Tensor, b: Tensor, mask: BSRTensor) -> list[Use]:
     own = sddmm.facts(a, b, mask.block_pattern)
-    columns, pattern = a.shape[-1], mask.block_pattern
-    long_rows = long_rows_fact(pattern, a, columns)
-    product = own._replace(partial=False, long_rows=long_rows)
-    flipped = _flipped(product, pattern, a, columns)
     uses = [Use("forward", sddmm.OP, own)]
-    for name, factor, gradient in (("a", a, product), ("b", b, flipped)):
+    for name, factor, gradient in gradients_of_sample(own, a, b, mask.block_pattern):
         if torch.is_grad_enabled() and factor.requires_grad:
             uses.append(Use(f"gradient of {name}", OP, gradient))
     return uses
+
+
+def gradients_of_sample(
+    own: Facts, a: Tensor, b: Tensor, pattern: BlockPattern
+) -> Iterator[tuple[str, Tensor, Facts]]:
+    """The factors of `a @ b`, sampled by a pattern, and the facts of the products that are their
+    gradients; `own` are those of the sampled product.
+    """
+    values = torch.empty(pattern.num_blocks, *pattern.block_size, dtype=a.dtype, device="meta")
+    flipped = transpose_pattern(pattern)
+    for name, factor, g, p, x, turned in (
+        ("a", a, values, pattern, b.mT, False),
+        ("b", b, values.mT, flipped, a, True),
+    ):
+        gradient = own._replace(
+            block_size=p.block_size,
+            columns=power_of_two(x.shape[-1]),
+            partial=False,
+            tma=capability_of(a.device) == (9, 0) and tma_fact(g, p, x, turned),
+            long_rows=long_rows_fact(p, x),
+        )
+        yield name, factor, gradient
 
 
 FAMILY = Family(multiply, sddmm.sample, _uses, _uses_of_sample, multiply)

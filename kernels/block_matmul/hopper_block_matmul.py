@@ -26,7 +26,8 @@ from sparse_layouts.kernels.products import tma_readable
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES, kernel_signature
 
 # Columns of a tile, whose halves (its rows from 128 on, else its columns) are a warpgroup's each;
-# half as many where that leaves a quarter of the multiprocessors idle. A quarter of the blocks
+# half as many where that leaves a quarter of the multiprocessors idle, or x has no more (64 columns
+# of 8192 x 8192, blocks of 64: 44.8 us by whole tiles, 25.7 by half ones). A quarter of the blocks
 # stored, us with whole and half tiles (Triton, cuBLAS): 4096 x 4096 and 512 columns, blocks of 64,
 # 16.7 and 18.1 (23.9, 23.5), of 128 22.0 and 15.8 (17.7, 23.2); 8192 x 8192 and 256 columns, blocks
 # of 64, 26.8 and 29.5 (42.8, 45.0); 4096 x 4096 and 128 columns - and 11.3 (19.0, 14.1).
@@ -86,8 +87,7 @@ def launch(
     )
     row_tiles = batch * p.num_patterns * p.grid[0] * (p.block_size[0] // _tile_rows(p.block_size))
     most = multiprocessors(x.device)
-    whole = 4 * row_tiles * -(-n // TILE_COLUMNS) >= 3 * most
-    columns = TILE_COLUMNS if whole else FEWER_COLUMNS
+    columns = tile_columns(n, row_tiles, most)
     constants = _constants(p.block_size, *turned, activation, columns)
     column_tiles = -(-n // columns)
     items = row_tiles * column_tiles
@@ -123,6 +123,12 @@ def launch(
         {**constants, "num_warps": 4, "maxnreg": MAX_REGISTERS},
         min(items, most),
     )
+
+
+def tile_columns(columns: int, row_tiles: int, processors: int) -> int:
+    """Columns of a tile of a product with so many columns and tiles of rows."""
+    busy = 4 * row_tiles * -(-columns // TILE_COLUMNS) >= 3 * processors
+    return TILE_COLUMNS if busy and columns > FEWER_COLUMNS else FEWER_COLUMNS
 
 
 class Prepared:

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.kernels.activations import ACTIVATIONS, finish_nothing
@@ -48,11 +46,12 @@ class Tuning(NamedTuple):
 # as 220 KiB hold.
 #
 # 8192 x 8192 in bf16, a quarter of the blocks stored, one of four weights after the other in a CUDA
-# graph, one H200, 64 columns, microseconds (2026-11-26): blocks of 64 18.7 (triton_few_columns
-# 21.8, hopper 44.8, cuBLAS 37.9), of 128 22.8 (22.1, 23.1, 37.9). Tiles of 8, 16 and 32 columns
-# took 16.9, 17.2 and 17.7, Triton 13.0, 12.8 and 17.6: fewer than 33 columns are left to it. A ring
-# of half the size took 15.5 with 16 columns, so less that is on its way might be more here too; the
-# L2 asked for nothing beforehand, or for twice as much, 17.1 and 17.8.
+# graph, one H200, microseconds (2026-11-26). 64 columns, blocks of 64: 18.7 (triton_few_columns
+# 21.8, cuBLAS 37.9; one of 16 weights after the other 16.0, cuBLAS 38.8), of 128: 22.8 (22.1 and,
+# hopper, 23.1). Tiles of 8, 16 and 32 columns took 16.9, 17.2 and 17.7, Triton 13.0, 12.8 and 17.6
+# in that run: up to 32 columns are left to it. A ring of half the size took 15.5 with 16 columns,
+# so less that is on its way might be more here too; the L2 asked for nothing beforehand, or for
+# twice as much, 17.1 and 17.8.
 TUNINGS = {64: Tuning(13, 13), 128: Tuning(9, 9), 256: Tuning(5, 5)}
 TILE_COLUMNS = 64
 # Entries of sums of pieces that are read at once: more do not fit into registers.
@@ -81,7 +80,7 @@ def block_matmul(
     if out.numel() == 0 or p.num_blocks == 0:
         return finish_nothing(out, bias, activation)
     with torch.cuda.device_of(x):
-        values, x = engine_readable(values, 1), engine_readable(x)
+        x = engine_readable(x)
         stream = torch.cuda.current_stream(x.device).cuda_stream
         launch(values, p, x, out, bias, activation).run(stream)
     return out
@@ -106,13 +105,13 @@ def launch(
     is_one_run = p.row_slots is None and values.is_contiguous()
     values, x = (t.mT if is_t else t for t, is_t in ((values, values_t), (x, x_t)))
     programs = max(1, min(multiprocessors(x.device) // batch, steps_of(p)))
-    places = batch * 2 * programs
+    places = batch * 2 * programs if programs > 1 else 1  # one program cuts no row
     each, more = divmod(steps_of(p), programs)
 
     def arguments() -> dict[str, Any]:
         return {
             "values_desc": rows_descriptor(values, 64 if values_t else p.block_size[0]),
-            "x_desc": _x_descriptor(x),
+            "x_desc": rows_descriptor(x, 64),
             "M": m,
             "N": n,
             "block_rows": p.grid[0],
@@ -194,19 +193,8 @@ class Prepared:
 def prepared(
     values: Tensor, pattern: BlockPattern, x: Tensor, out: Tensor, bias: Tensor | None
 ) -> Prepared | None:
-    """What launches `out = W @ x + bias` again; None where an operand is copied first."""
-    readable = tma_readable(values) and tma_readable(x)
-    return Prepared(values, pattern, x, out, bias) if readable else None
-
-
-# 64 entries of x along K, of each of 64 columns, or the other way round
-X_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-X_BOX = [1, 1, 64, 64]
-
-
-def _x_descriptor(x: Tensor) -> TensorDescriptor:
-    rows = rows_descriptor(x, 64)
-    return TensorDescriptor(x, rows.shape, rows.strides, X_BOX, X_LAYOUT)
+    """What launches `out = W @ x + bias` again; None where x is copied first."""
+    return Prepared(values, pattern, x, out, bias) if tma_readable(x) else None
 
 
 def _constants(
@@ -222,7 +210,7 @@ def _constants(
         "BK": block_size[1],
         "TN": TILE_COLUMNS,
         "FIELDS": STRETCH_FIELDS,
-        "TOGETHER": min(4, max(1, TOGETHER // (block_size[0] * TILE_COLUMNS))),
+        "TOGETHER": TOGETHER // (block_size[0] * TILE_COLUMNS),
         "PATTERNS": several,
         "VALUES_T": values_t,
         "X_T": x_t,
@@ -260,7 +248,7 @@ def _compilation(
     constants, options = _constants(block_size, *turned, activation, several)
     given = {
         "values_desc": rows_descriptor_type(dtype, 64 if values_t else block_size[0]),
-        "x_desc": f"tensordesc<{name}{X_BOX},{X_LAYOUT!r}>",
+        "x_desc": rows_descriptor_type(dtype, 64),
         "values_ptr": f"*{name}",
         "sums_ptr": "*fp32",
         "bias_ptr": f"*{name}",

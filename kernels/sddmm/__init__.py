@@ -48,17 +48,22 @@ register_kernel(OP, "cpu", "sparse_layouts.kernels.sddmm.cpu:sddmm", requirement
 
 def facts(a: Tensor, b: Tensor, pattern: BlockPattern) -> Facts:
     """What the choice of a kernel depends on."""
-    p, (bm, bn) = pattern, pattern.block_size
-    columns = uses_of_each(p.num_blocks * bn, p.num_patterns * p.grid[0])
-    rows = uses_of_each(p.num_blocks * bm, p.num_patterns * p.grid[1])
     return facts_of(
         a,
         block_size=pattern.block_size,
         columns=power_of_two(a.shape[-1]),
-        tma=capability_of(a.device) == (9, 0) and reads_well(a, columns) and reads_well(b, rows),
+        tma=capability_of(a.device) == (9, 0) and tma_fact(a, b, pattern),
         partial=is_partial(pattern),
         sixteenths=sixteenths_fact(pattern),
     )
+
+
+def tma_fact(a: Tensor, b: Tensor, pattern: BlockPattern) -> bool:
+    """Whether the copy engine can read the operands, or copies that pay."""
+    p, (bm, bn) = pattern, pattern.block_size
+    columns = uses_of_each(p.num_blocks * bn, p.num_patterns * p.grid[0])
+    rows = uses_of_each(p.num_blocks * bm, p.num_patterns * p.grid[1])
+    return reads_well(a, columns) and reads_well(b, rows)
 
 
 def is_partial(pattern: BlockPattern) -> bool:

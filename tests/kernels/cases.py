@@ -490,7 +490,7 @@ FEW_COLUMN_CASES += [
     BlockCase("even_64_rows_of_x", Stored((320, 192), (64, 64)), batch=2, width=48),
     BlockCase("even_64_wide_rows_of_x", Stored((320, 192), (64, 64)), width=40),
     BlockCase("even_128", Stored((384, 640), (128, 128), 2), batch=3, width=64, dense="mT"),
-    BlockCase("even_256", Stored((512, 768), (256, 256)), width=33, dense="mT", share=True),
+    BlockCase("even_256", Stored((512, 768), (256, 256)), width=33, dense="mT", flip=True),
     BlockCase("even_wide", Stored((192, 1024), (64, 256)), batch=2, width=56),
     BlockCase(
         "even_power_law",
@@ -522,6 +522,12 @@ FEW_COLUMN_CASES += [
         "even_transposed_128",
         Stored((1408, 4224), (128, 128), transposed=True),
         width=64,
+        values="mT",
+    ),
+    BlockCase(
+        "even_transposed_256",
+        Stored((512, 768), (256, 256), transposed=True),
+        width=40,
         values="mT",
     ),
     BlockCase("even_steps", Stored((192, 256), (64, 64), 2), batch=2, width=40, dense="step"),
@@ -1169,6 +1175,7 @@ SEQUENCE_CASES = [
     ),
     AttentionCase("one_sequence", CAUSAL_70, sequences=packed((33, 57)), dlse=False, small=True),
     AttentionCase("no_sequence", CAUSAL_70, sequences=packed(gap=5), bias="shared", small=True),
+    AttentionCase("no_sequence_no_bias", CAUSAL_70, sequences=packed(gap=5), small=True),
     AttentionCase("packed_no_rows", CAUSAL_70, sequences=packed((0, 0), (0, 0)), small=True),
     AttentionCase("packed_no_keys", CAUSAL_70, sequences=packed((5, 0), (3, 0)), small=True),
     AttentionCase(

@@ -187,6 +187,34 @@ def test_products_of_copies_run_on_hopper(how: str, monkeypatch: pytest.MonkeyPa
     assert sampled(strange[..., :192, :], x, flat) == "hopper"
 
 
+def test_explain_looks_at_the_operands_of_each_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts_on_hopper(monkeypatch)
+    w = sl.bsr(torch.randn(1024, 1024, dtype=torch.bfloat16), 64, keep=sl.Random(0.5))
+    w.requires_grad_()
+
+    def named(function: Any, *args: Any) -> dict[str, str]:
+        plans = sl.explain(function, *args).ops
+        return {plan.purpose: chosen(plan.op, plan.facts) for plan in plans}
+
+    x = torch.randn(1024, 300, dtype=torch.bfloat16, requires_grad=True)  # rows of 600 bytes
+    assert named(torch.matmul, w, x) == {
+        "forward": "triton",  # such rows cannot be written
+        "gradient of the dense operand": "triton",
+        "gradient of the layout's values": "hopper",  # they are copied to be read
+    }
+    assert named(torch.matmul, w, x.detach()[:, :296].requires_grad_()) == {
+        "forward": "hopper",
+        "gradient of the dense operand": "hopper",
+        "gradient of the layout's values": "hopper",
+    }
+    b = x.detach().mT.contiguous().requires_grad_()
+    assert named(sl.sddmm, x, b, w.pattern) == {
+        "forward": "hopper",
+        "gradient of a": "triton",
+        "gradient of b": "hopper",
+    }
+
+
 def test_launches_with_a_copy_are_not_settled() -> None:
     pytest.importorskip("triton")
     from sparse_layouts.kernels.block_matmul import hopper_block_matmul, hopper_few_columns
@@ -197,7 +225,7 @@ def test_launches_with_a_copy_are_not_settled() -> None:
     values = torch.zeros(1, 4, 64, 64, dtype=torch.bfloat16)
     for module in (hopper_block_matmul, hopper_few_columns):
         assert module.prepared(values, p, laid_out(x, "step"), x, None) is None
-        assert module.prepared(laid_out(values, "offset"), p, x, x, None) is None
+    assert hopper_block_matmul.prepared(laid_out(values, "offset"), p, x, x, None) is None
     assert hopper_sddmm.prepared(x, laid_out(x, "step"), p, values) is None
     assert hopper_sddmm.prepared(laid_out(x, "offset"), x, p, values) is None
 

@@ -66,6 +66,31 @@ def test_products_in_pieces(block: int, columns: int) -> None:
     assert error < torch.finfo(DTYPE).eps  # a result is rounded to half of it
 
 
+@pytest.mark.parametrize("kind", ["blocks", "2:4"])
+@pytest.mark.parametrize("columns", [8, 40])
+def test_products_of_products(kind: str, columns: int) -> None:
+    """A launch that may begin while the one before ends reads what that one wrote."""
+    if kind == "blocks":
+        w: sl.LayoutTensor = weights(4096, 64, 0.25)
+    else:
+        w = sl.nm(torch.randn(4096, 4096, device="cuda", dtype=DTYPE), 2, 4).prepack()
+    x = torch.randn(columns, 4096, device="cuda", dtype=DTYPE)
+
+    def chain(waits: bool) -> tuple[Tensor, ...]:
+        found = [x]
+        for _ in range(8):
+            found.append(F.linear(found[-1], w))
+            if waits:
+                torch.cuda.synchronize()
+        return tuple(found)
+
+    with torch.no_grad():
+        expected = chain(waits=True)
+        for _ in range(30):
+            for one, other in zip(chain(waits=False), expected, strict=True):
+                assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("block", [16, 64, 128])
 def test_sampled_products(block: int) -> None:
     w = weights(4096, block, 0.25)

@@ -87,17 +87,21 @@ def test_counters_are_left_as_zeros() -> None:
 # --- on a GPU -------------------------------------------------------------------------------------
 
 
-def on_gpu() -> tuple[sl.BSRTensor, torch.Tensor, torch.Tensor]:
+rows_of_x = pytest.mark.parametrize("rows", [9, 64])  # by Triton and, on Hopper, by Gluon
+
+
+def on_gpu(rows: int) -> tuple[sl.BSRTensor, torch.Tensor, torch.Tensor]:
     """A weight whose rows are cut, an input and a bias."""
     dense = torch.randn(512, 8192, device="cuda", dtype=torch.bfloat16)
     w = sl.bsr(dense, 64, keep=sl.Magnitude(0.5))
-    x = torch.randn(9, 8192, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(rows, 8192, device="cuda", dtype=torch.bfloat16)
     return w, x, torch.randn(512, device="cuda", dtype=torch.bfloat16)
 
 
 @pytest.mark.gpu
-def test_captured_products_run_beside_others() -> None:
-    w, x, bias = on_gpu()
+@rows_of_x
+def test_captured_products_run_beside_others(rows: int) -> None:
+    w, x, bias = on_gpu(rows)
     wanted = torch.nn.functional.linear(x, w, bias)
     graphs = []
     for _ in range(2):
@@ -118,8 +122,9 @@ def test_captured_products_run_beside_others() -> None:
 
 
 @pytest.mark.gpu
-def test_a_product_that_is_captured_first() -> None:
-    w, x, bias = on_gpu()
+@rows_of_x
+def test_a_product_that_is_captured_first(rows: int) -> None:
+    w, x, bias = on_gpu(rows)
     graph = torch.cuda.CUDAGraph()
     torch.nn.functional.linear(x, sl.bsr(w.to_dense(), 64), bias)  # compiles
     with torch.cuda.graph(graph):
@@ -134,7 +139,7 @@ def test_a_product_that_is_captured_first() -> None:
 
 @pytest.mark.gpu
 def test_counters_of_captures_differ() -> None:
-    p = on_gpu()[0].block_pattern
+    p = on_gpu(9)[0].block_pattern
     eager = row_counters(p, 8)
     assert eager is row_counters(p, 8)
     graph = torch.cuda.CUDAGraph()
