@@ -36,6 +36,7 @@ from sparse_layouts.kernels.block_attention.hopper_common import (
     ITEM,
     LOG2E,
     dropout_keep,
+    pass_over,
     select,
     store_rows,
     store_tile,
@@ -52,16 +53,6 @@ INTEGERS = ["heads", "group", "column_groups", "first_column", "column_samples",
 INTEGERS += ["row_groups", "stride_rows", "first_group", "first_row", "row_samples", "stride_map"]
 INTEGERS += ["column_slot", "row_slot", "places", "units", "row_offset", "num_queries", "num_keys"]
 INTEGERS += ["num_rows", "threshold"]
-
-
-@gluon.jit
-def _pass_over(q_full, q_free, dout_full, dout_free, begin, end, STAGES: gl.constexpr):
-    """Releases queries that are for the other warpgroup."""
-    for turn in range(begin, end):
-        wait_full(q_full, turn, STAGES)
-        mbarrier.arrive(q_free.index(turn % STAGES), count=1)
-        wait_full(dout_full, turn, STAGES)
-        mbarrier.arrive(dout_free.index(turn % STAGES), count=1)
 
 
 @gluon.jit
@@ -137,7 +128,7 @@ def _consume(
         end = field(items, own, END + u)
         if field(items, own, KIND) == BY_COLUMN:
             keys = unit * 64 + offs
-            _pass_over(q_full, q_free, dout_full, dout_free, tile_turn, tile_turn + begin, STAGES)
+            pass_over(q_full, q_free, dout_full, dout_free, tile_turn, tile_turn + begin, STAGES)
             wait_full(kv_full, kv_turn, 2)
             place = (field(items, own, PLACE) + begin * NUM_UNITS + u) * 64
             if field(items, own, OPENS) != 0:
@@ -226,7 +217,7 @@ def _consume(
                     mbarrier.arrive(kv_free.index((kv_turn + 1) % 2), count=1, pred=fresh)
                 s, dk, ds16 = warpgroup_mma_wait(0, deps=(s_token, dk_token, ds16))
                 mbarrier.arrive(q_free.index(stage), count=1)
-            _pass_over(
+            pass_over(
                 q_full, q_free, dout_full, dout_free, tile_turn + end, tile_turn + tiles, STAGES
             )
             tile_turn += tiles

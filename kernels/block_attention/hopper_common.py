@@ -10,13 +10,36 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from sparse_layouts.kernels.hopper_common import wait_full
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 # fields of an item beside the 16 of its row of the schedule
 BATCH, HEAD = gl.constexpr(16), gl.constexpr(17)
+# where there may be sequences: what to add to a row of the mask for its query, the rows and keys
+# there are
+SHIFT, FIRST_ROW, LAST_ROW = gl.constexpr(18), gl.constexpr(19), gl.constexpr(20)
+KEYS, FIRST_KEY, SEQUENCE = gl.constexpr(21), gl.constexpr(22), gl.constexpr(23)
 ITEM = gl.constexpr(31)
+
+
+@gluon.jit
+def pick(x, which: gl.constexpr):
+    """A lane's number, to the producer itself."""
+    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    return gl.sum(gl.where(lane == which, x, 0), 0)
+
+
+@gluon.jit
+def pass_over(a_full, a_free, b_full, b_free, begin, end, STAGES: gl.constexpr):
+    """Releases tiles of two operands that are for another warpgroup."""
+    for turn in range(begin, end):
+        wait_full(a_full, turn, STAGES)
+        mbarrier.arrive(a_free.index(turn % STAGES), count=1)
+        wait_full(b_full, turn, STAGES)
+        mbarrier.arrive(b_free.index(turn % STAGES), count=1)
 
 
 @gluon.jit

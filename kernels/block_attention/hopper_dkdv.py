@@ -31,8 +31,8 @@ from sparse_layouts.kernels.hopper_common import (
 )
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES
 
-# Keys, values, queries and their gradients of the heads worked on together; as the pass that keeps
-# a workspace has it.
+# Queries and their gradients of the heads that are worked on together; as the pass that keeps a
+# workspace has it.
 L2_BYTES = 64_000_000
 # Buffers of queries, by padded head size. Microseconds on an H200, local stride, H 16, N 8192,
 # bf16, blocks of 64 (2026-11-26): D 64 198 (461 TFLOP/s; 3 and 6 buffers 201 and 198), D 128 317
@@ -45,7 +45,7 @@ MAX_REGISTERS = 168
 # the sums of one more power of two do not fit a warpgroup's registers
 MOST_HEAD_DIM = 128
 # keys of an item
-KEYS = NUM_UNITS.value * UNIT
+ITEM_KEYS = NUM_UNITS.value * UNIT
 
 
 def gradient_of_keys(
@@ -103,13 +103,13 @@ def _launch(
     else:
         # both units of an item lie in one sequence as neighbours do
         alike = False
-        table = sequence_table(sequences, nq, nk, pattern, KEYS, q.device, keys=KEYS)
+        table = sequence_table(sequences, nq, nk, pattern, ITEM_KEYS, q.device, keys=ITEM_KEYS)
     transposed = transpose_pattern(pattern)
     schedule = unit_schedule(transposed, NUM_UNITS.value, UNIT, pair_by_length=alike)
     groups = schedule.rows.shape[1]
     items = samples * groups
     if sequences is not None:
-        items = kv_heads * (batch * (nk // KEYS + 1) + sequences.num_sequences)
+        items = kv_heads * (batch * (nk // ITEM_KEYS + 1) + sequences.num_sequences)
     piece = min(bm, UNIT)
     streamed = group * 4 * nq * d * q.element_size()
     arguments = {

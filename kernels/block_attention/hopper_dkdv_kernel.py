@@ -20,10 +20,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sparse_layouts.kernels.block_attention.hopper_common import (
     BATCH,
+    FIRST_KEY,
+    FIRST_ROW,
     HEAD,
     ITEM,
+    KEYS,
+    LAST_ROW,
     LOG2E,
+    SEQUENCE,
     dropout_keep,
+    pass_over,
     select,
     store_rows,
     store_tile,
@@ -37,13 +43,8 @@ from sparse_layouts.kernels.block_attention.hopper_dkdv_load import (
     CLOSES,
     CUT,
     END,
-    FIRST_KEY,
-    FIRST_ROW,
-    KEYS,
-    LAST_ROW,
     NUM_UNITS,
     OPENS,
-    SEQUENCE,
     START,
     TILE,
     TILES,
@@ -54,16 +55,6 @@ from sparse_layouts.kernels.hopper_common import ROWS_LAYOUT, field, wait_full
 
 INTEGERS = ["heads", "group", "groups", "bundle", "samples", "stride_map", "row_offset"]
 INTEGERS += ["num_queries", "num_keys", "num_rows", "num_sequences", "packed", "threshold"]
-
-
-@gluon.jit
-def _pass_over(q_full, q_free, dout_full, dout_free, begin, end, STAGES: gl.constexpr):
-    """Releases queries that are for the other warpgroup."""
-    for turn in range(begin, end):
-        wait_full(q_full, turn, STAGES)
-        mbarrier.arrive(q_free.index(turn % STAGES), count=1)
-        wait_full(dout_full, turn, STAGES)
-        mbarrier.arrive(dout_free.index(turn % STAGES), count=1)
 
 
 @gluon.jit
@@ -129,7 +120,7 @@ def _consume(
         keys = unit * 64 + offs
         ragged = (unit + 1) * 64 > num_keys
         opens = field(items, own, OPENS) != 0
-        _pass_over(q_full, q_free, dout_full, dout_free, tile_turn, tile_turn + begin, STAGES)
+        pass_over(q_full, q_free, dout_full, dout_free, tile_turn, tile_turn + begin, STAGES)
         wait_full(kv_full, kv_turn, 2)
         if opens:
             dk = gl.zeros([64, D], gl.float32, OL)
@@ -218,7 +209,7 @@ def _consume(
             s, dk, ds16 = warpgroup_mma_wait(0, deps=(s_token, dk_token, ds16))
             mbarrier.arrive(q_free.index(stage), count=1)
         tiles = field(items, own, TILES)
-        _pass_over(q_full, q_free, dout_full, dout_free, tile_turn + end, tile_turn + tiles, STAGES)
+        pass_over(q_full, q_free, dout_full, dout_free, tile_turn + end, tile_turn + tiles, STAGES)
         tile_turn += tiles
         if field(items, own, CLOSES) != 0:
             batch = field(items, own, BATCH)

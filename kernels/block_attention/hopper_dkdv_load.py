@@ -14,28 +14,30 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from sparse_layouts.kernels.block_attention import unit_schedule
-from sparse_layouts.kernels.block_attention.hopper_common import BATCH, HEAD, ITEM, load_rows
+from sparse_layouts.kernels.block_attention.hopper_common import (
+    BATCH,
+    FIRST_KEY,
+    FIRST_ROW,
+    HEAD,
+    ITEM,
+    KEYS,
+    LAST_ROW,
+    SEQUENCE,
+    SHIFT,
+    load_rows,
+    pick,
+)
 from sparse_layouts.kernels.hopper_common import finish, wait_free
 
 START, TILES = gl.constexpr(unit_schedule.START), gl.constexpr(unit_schedule.TILES)
 UNITS = gl.constexpr(unit_schedule.UNITS)
 BEGIN, END = gl.constexpr(unit_schedule.RUN_BEGIN), gl.constexpr(unit_schedule.RUN_END)
-# fields of an item: what to add to a row of the mask for its query, the rows and keys there are
-SHIFT, FIRST_ROW, LAST_ROW = gl.constexpr(18), gl.constexpr(19), gl.constexpr(20)
-KEYS, FIRST_KEY, SEQUENCE = gl.constexpr(21), gl.constexpr(22), gl.constexpr(23)
-# the first and the last query head of a key head; which buffers hold the keys
+# fields of an item: the first and the last query head of a key head; which buffers hold the keys
 OPENS, CLOSES, BUFFER = gl.constexpr(24), gl.constexpr(25), gl.constexpr(26)
 # what a tile of a sequence comes with: its number, whether it has rows that are not the sequence's
 TILE, CUT = gl.constexpr(0), gl.constexpr(1)
 # two warpgroups, a unit of 64 keys each
 NUM_UNITS = gl.constexpr(2)
-
-
-@gluon.jit
-def pick(x, which: gl.constexpr):
-    """A lane's number, to the producer itself."""
-    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    return gl.sum(gl.where(lane == which, x, 0), 0)
 
 
 @gluon.jit

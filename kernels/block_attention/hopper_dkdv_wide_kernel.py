@@ -21,14 +21,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparse_layouts.kernels.block_attention import unit_schedule
 from sparse_layouts.kernels.block_attention.hopper_common import (
     BATCH,
+    FIRST_KEY,
     HEAD,
+    KEYS,
     LOG2E,
+    SEQUENCE,
     dropout_keep,
     select,
     tile_columns,
     tile_counts,
 )
-from sparse_layouts.kernels.block_attention.hopper_dkdv_load import FIRST_KEY, KEYS, SEQUENCE
 from sparse_layouts.kernels.block_attention.hopper_dkdv_wide_load import (
     CLOSES,
     CUT,

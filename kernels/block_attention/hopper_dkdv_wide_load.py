@@ -14,22 +14,22 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from sparse_layouts.kernels.block_attention import unit_schedule
 from sparse_layouts.kernels.block_attention.hopper_common import (
     BATCH,
+    FIRST_KEY,
+    FIRST_ROW,
     HEAD,
+    LAST_ROW,
+    SHIFT,
     load_rows,
+    pick,
     stored_words,
 )
 from sparse_layouts.kernels.block_attention.hopper_dkdv_load import (
-    FIRST_KEY,
-    FIRST_ROW,
-    LAST_ROW,
-    SHIFT,
     find_item,
     is_cut,
     live_tiles,
     load_pieces,
     load_terms,
     locate,
-    pick,
     total_items,
 )
 from sparse_layouts.kernels.hopper_common import finish, wait_free

@@ -76,26 +76,19 @@ def gradient_of_queries(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     sequences: Sequences | None = None,
-    table: Tensor | None = None,
 ) -> None:
     """Writes `dq`, in bf16 or fp16; where there are sequences, only the rows that belong to one.
 
     `terms` (B, H, Nq, 2) fp32, contiguous: of every query the logsumexp in base 2, +inf for a row
-    without entries, and rowsum(dout * out) less the gradient of the logsumexp. `table`: that of
-    :func:`sequence_table` for :func:`rows_of_an_item`, made here if it is not given. The pattern
-    stores a block, and there are keys.
+    without entries, and rowsum(dout * out) less the gradient of the logsumexp. The pattern stores a
+    block, and there are keys.
     """
     keep = (dropout_p, seed) if seed is not None and dropout_p > 0 else (0.0, None)
     with torch.cuda.device_of(q):
         programs, arguments, options = _launch(
-            dout, q, k, v, terms, dq, pattern, head_map, scale, *keep, sequences, table
+            dout, q, k, v, terms, dq, pattern, head_map, scale, *keep, sequences
         )
         hopper_attention_dq[(programs,)](**arguments, **options)
-
-
-def rows_of_an_item(head_dim: int, value_dim: int) -> int:
-    """Rows of the mask that a program works on at a time, where there are sequences."""
-    return _tuning(head_dim, value_dim)[0].units * UNIT
 
 
 def _tuning(head_dim: int, value_dim: int) -> tuple[Tuning, int]:
@@ -117,7 +110,6 @@ def _launch(
     dropout_p: float,
     seed: Tensor | None,
     sequences: Sequences | None,
-    table: Tensor | None,
 ) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """How many programs, the arguments by name, constants and options."""
     (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
@@ -134,9 +126,9 @@ def _launch(
     first_group = 0 if sequences is not None else (m - nq) // (units * UNIT)
     samples = batch * heads // (2 if paired else 1)
     items = samples * (groups - first_group)
+    table = None
     if sequences is not None:
-        if table is None:
-            table = sequence_table(sequences, nq, nk, pattern, rows, q.device)
+        table = sequence_table(sequences, nq, nk, pattern, rows, q.device)
         extra = 2 * sequences.num_sequences if sequences.packed else 0
         items = heads * ((nq // rows + 2) * batch + extra)
     piece = min(bn, tuning.keys)
@@ -157,7 +149,7 @@ def _launch(
         "block_tiles_ptr": schedule.block_tiles,
         "log_counts_ptr": schedule.log_counts,
         "tiles_ptr": pattern.tiles,
-        "sequences_ptr": None if sequences is None else table,
+        "sequences_ptr": table,
         "seed_ptr": seed,
         "heads": heads,
         "group": group,

@@ -1,8 +1,8 @@
 """dq of block_attention on Hopper, in Gluon: by row, the scores computed once more.
 
-Laid out as the forward: programs stay and claim items, a group of units of 64 rows of one head; a
-warp loads, a warpgroup multiplies for each unit. Of a tile of keys S = Q K^T, P = exp2(S - lse),
-dP = dO V^T and dS = P (dP - delta); dq is the sum of dS K. The scores of a tile are multiplied
+Laid out as the forward: programs stay and claim items, units of 64 rows of one head, or one of two
+heads; a warp loads, a warpgroup multiplies for each unit. Of a tile of keys S = Q K^T,
+P = exp2(S - lse), dP = dO V^T and dS = P (dP - delta); dq is the sum of dS K. The scores of a tile are multiplied
 beside the product of the tile before with its keys, across items too.
 """
 
@@ -21,9 +21,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparse_layouts.kernels.block_attention import unit_schedule
 from sparse_layouts.kernels.block_attention.hopper_common import (
     BATCH,
+    FIRST_ROW,
     HEAD,
+    LAST_ROW,
     LOG2E,
+    SEQUENCE,
+    SHIFT,
     dropout_keep,
+    pass_over,
     select,
     store_rows,
     store_tile,
@@ -32,18 +37,7 @@ from sparse_layouts.kernels.block_attention.hopper_common import (
     tile_counts,
 )
 from sparse_layouts.kernels.block_attention.hopper_dq_load import produce
-from sparse_layouts.kernels.block_attention.hopper_forward_load import (
-    FIRST_ROW,
-    LAST_ROW,
-    SEQUENCE,
-    SHIFT,
-)
-from sparse_layouts.kernels.block_attention.hopper_rows import (
-    cut_keys,
-    pass_over,
-    read_item,
-    tile_flag,
-)
+from sparse_layouts.kernels.block_attention.hopper_rows import cut_keys, read_item, tile_flag
 from sparse_layouts.kernels.hopper_common import ROWS_LAYOUT, field, wait_full
 
 TILES, END = gl.constexpr(unit_schedule.TILES), gl.constexpr(unit_schedule.RUN_END)
@@ -278,7 +272,8 @@ def hopper_attention_dq(
 ):  # fmt: skip
     """Items of NUM_UNITS x 64 rows, tiles of TN keys in rings of STAGES buffers.
 
-    `terms` (B, H, N, 2): of every query its logsumexp in base 2 and rowsum(dout * out).
+    `terms` (B, H, Nq, 2): of every query its logsumexp in base 2, and rowsum(dout * out) less the
+    gradient of the logsumexp.
     """
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     dtype: gl.constexpr = q_desc.dtype

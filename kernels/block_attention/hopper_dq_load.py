@@ -7,14 +7,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from sparse_layouts.kernels.block_attention import unit_schedule
-from sparse_layouts.kernels.block_attention.hopper_common import BATCH, HEAD, load_rows
-from sparse_layouts.kernels.block_attention.hopper_forward_load import (
+from sparse_layouts.kernels.block_attention.hopper_common import (
+    BATCH,
     FIRST_KEY,
+    HEAD,
     SHIFT,
-    claim,
-    load_tiles,
+    load_rows,
     pick,
 )
+from sparse_layouts.kernels.block_attention.hopper_forward_load import claim, load_tiles
 from sparse_layouts.kernels.hopper_common import finish, wait_free
 
 START, TILES = gl.constexpr(unit_schedule.START), gl.constexpr(unit_schedule.TILES)

@@ -21,10 +21,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparse_layouts.kernels.block_attention import unit_schedule
 from sparse_layouts.kernels.block_attention.hopper_common import (
     BATCH,
+    FIRST_ROW,
     HEAD,
+    LAST_ROW,
     LN2,
     LOG2E,
+    SEQUENCE,
+    SHIFT,
     dropout_keep,
+    pass_over,
     select,
     store_rows,
     store_tile,
@@ -32,16 +37,9 @@ from sparse_layouts.kernels.block_attention.hopper_common import (
     tile_columns,
     tile_counts,
 )
-from sparse_layouts.kernels.block_attention.hopper_forward_load import (
-    FIRST_ROW,
-    LAST_ROW,
-    SEQUENCE,
-    SHIFT,
-    produce,
-)
+from sparse_layouts.kernels.block_attention.hopper_forward_load import produce
 from sparse_layouts.kernels.block_attention.hopper_rows import (
     cut_keys,
-    pass_over,
     reaches,
     read_item,
     tile_flag,

@@ -7,14 +7,23 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from sparse_layouts.kernels.block_attention import unit_schedule
-from sparse_layouts.kernels.block_attention.hopper_common import BATCH, HEAD, ITEM, load_rows
+from sparse_layouts.kernels.block_attention.hopper_common import (
+    BATCH,
+    FIRST_KEY,
+    FIRST_ROW,
+    HEAD,
+    ITEM,
+    KEYS,
+    LAST_ROW,
+    SEQUENCE,
+    SHIFT,
+    load_rows,
+    pick,
+)
 from sparse_layouts.kernels.hopper_common import finish, wait_free
 
 START, TILES = gl.constexpr(unit_schedule.START), gl.constexpr(unit_schedule.TILES)
 UNITS = gl.constexpr(unit_schedule.UNITS)
-# fields of an item: what to add to a row of the mask for its query, the rows and keys there are
-SHIFT, FIRST_ROW, LAST_ROW = gl.constexpr(18), gl.constexpr(19), gl.constexpr(20)
-KEYS, FIRST_KEY, SEQUENCE = gl.constexpr(21), gl.constexpr(22), gl.constexpr(23)
 
 
 @gluon.jit
@@ -91,13 +100,6 @@ def claim(
         x = gl.where(lane == KEYS, gl.load(own + 6), x)
     more = item < total
     return more, gl.where(lane == ITEM, gl.where(more, item, -1), x), row
-
-
-@gluon.jit
-def pick(x, which: gl.constexpr):
-    """A lane's number, to the producer itself."""
-    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    return gl.sum(gl.where(lane == which, x, 0), 0)
 
 
 @gluon.jit

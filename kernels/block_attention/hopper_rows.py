@@ -6,25 +6,14 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from sparse_layouts.kernels.block_attention import unit_schedule
-from sparse_layouts.kernels.block_attention.hopper_common import ITEM
-from sparse_layouts.kernels.block_attention.hopper_forward_load import KEYS
-from sparse_layouts.kernels.hopper_common import field, wait_full
+from sparse_layouts.kernels.block_attention.hopper_common import ITEM, KEYS
+from sparse_layouts.kernels.hopper_common import field
 
 START, UNITS = gl.constexpr(unit_schedule.START), gl.constexpr(unit_schedule.UNITS)
 BEGIN = gl.constexpr(unit_schedule.RUN_BEGIN)
-
-
-@gluon.jit
-def pass_over(k_full, k_free, v_full, v_free, begin, end, STAGES: gl.constexpr):
-    """Releases tiles that are for another warpgroup."""
-    for turn in range(begin, end):
-        wait_full(k_full, turn, STAGES)
-        mbarrier.arrive(k_free.index(turn % STAGES), count=1)
-        wait_full(v_full, turn, STAGES)
-        mbarrier.arrive(v_free.index(turn % STAGES), count=1)
 
 
 @gluon.jit

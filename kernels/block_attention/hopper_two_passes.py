@@ -19,11 +19,7 @@ from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention import hopper_dkdv, hopper_dkdv_wide, hopper_dq
 from sparse_layouts.kernels.block_attention.sequences import Sequences
-from sparse_layouts.kernels.block_attention.triton_common import (
-    padded_head_dim,
-    readied,
-    signature,
-)
+from sparse_layouts.kernels.block_attention.triton_common import padded_head_dim, readied, signature
 
 # rows that a program of `attention_terms` takes, by padded head size of v
 TERMS_ROWS = {128: 64, 64: 64, 256: 32, 32: 64, 16: 64}
