@@ -1,9 +1,9 @@
 """dq of block_attention on Hopper, in Gluon: by row, the scores computed once more.
 
 Laid out as the forward: programs stay and claim items, units of 64 rows of one head, or one of two
-heads; a warp loads, a warpgroup multiplies for each unit. Of a tile of keys S = Q K^T,
-P = exp2(S - lse), dP = dO V^T and dS = P (dP - delta); dq is the sum of dS K. The scores of a tile are multiplied
-beside the product of the tile before with its keys, across items too.
+heads; a warp loads, a warpgroup multiplies for each unit. Of a tile of keys S = Q K^T, P = exp2(S -
+lse), dP = dO V^T and dS = P (dP - delta); dq is the sum of dS K. The scores of a tile are
+multiplied beside the product of the tile before with its keys, across items too.
 """
 
 from __future__ import annotations
