@@ -3,9 +3,9 @@
 `turn` counts the uses of a ring: its place in the ring is `turn % SIZE`, and its barriers flip with
 `turn // SIZE`.
 
-A buffer that TMA fills again is released (`mbarrier.arrive`) behind `fence_async_shared` where plain
-loads have read it, since the copy engine may overtake them; products from shared memory only have to
-be waited for.
+A buffer that TMA fills again is released (`mbarrier.arrive`) behind `fence_async_shared` where
+plain loads have read it, since the copy engine may overtake them; products from shared memory only
+have to be waited for.
 """
 
 from __future__ import annotations
