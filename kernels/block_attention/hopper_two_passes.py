@@ -18,7 +18,7 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention import hopper_dkdv, hopper_dkdv_wide, hopper_dq
-from sparse_layouts.kernels.block_attention.sequences import Sequences
+from sparse_layouts.kernels.block_attention.sequences import Sequences, padded_sequences
 from sparse_layouts.kernels.block_attention.triton_common import padded_head_dim, readied, signature
 
 # rows that a program of `attention_terms` takes, by padded head size of v
@@ -87,6 +87,7 @@ def block_attention_backward(
     Takes 8 bytes a query and head beside the results.
     """
     assert bias is None, "its requirement excludes a bias"
+    sequences = without_missing_rows(q, k, pattern, sequences)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     nothing = pattern.num_blocks == 0 or any(t.numel() == 0 for t in (q, k, v))
     nothing = nothing or (sequences is not None and sequences.num_sequences == 0)
@@ -106,6 +107,18 @@ def block_attention_backward(
         by_column(dout, q, k, v, terms, dk, dv, pattern, head_map, **options)
         hopper_dq.gradient_of_queries(dout, q, k, v, terms, dq, pattern, head_map, **options)
     return dq, dk, dv, None
+
+
+def without_missing_rows(
+    q: Tensor, k: Tensor, pattern: BlockPattern, sequences: Sequences | None
+) -> Sequences | None:
+    """The samples as sequences where the mask has rows before the first query: of sequences tiles
+    without a query are left out, and what they would read of k and v.
+    """
+    rows, columns = pattern.shape
+    if sequences is None and q.shape[2] < rows == columns == k.shape[2]:
+        return padded_sequences(q, k, q.shape[0], None, None, None)
+    return sequences
 
 
 def row_terms(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:

@@ -28,7 +28,7 @@ from sparse_layouts.kernels.block_attention.unit_schedule import (
     unit_schedule,
 )
 from tests.kernels.accuracy import without_nan
-from tests.kernels.cases import OPS, Call, Case
+from tests.kernels.cases import OPS, Call, Case, Stored, make_pattern, random_source
 from tests.kernels.test_kernel_suite import facts_on_gpus
 
 NUM_UNITS = 2
@@ -246,3 +246,25 @@ def test_terms(with_dlse: bool, value_dim: int) -> None:
     )
     expected = delta.masked_fill(empty, 0).float()
     torch.testing.assert_close(terms[..., 1], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(20, 96), (96, 96), (1, 96), (20, 90)])
+def test_rows_without_a_query_are_those_of_a_sequence(queries: int, keys: int) -> None:
+    pytest.importorskip("triton")
+    from sparse_layouts.kernels.block_attention.hopper_two_passes import without_missing_rows
+
+    p = make_pattern(Stored((96, keys), (16, 16), blocks="causal"), random_source("missing"))
+    q, dout = torch.randn(2, 2, 3, queries, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 3, keys, 8, dtype=torch.float64)
+    sequences = without_missing_rows(q, k, p, None)
+    assert (sequences is None) == (queries == 96 or keys != 96)
+    head_map = torch.zeros(1, 3, dtype=torch.int32)
+    rest, scale = (q, k, v, p, head_map), 0.3
+    found = []
+    for own in (None, sequences):
+        out, lse = reference.block_attention(*rest, scale=scale, sequences=own)
+        operands = (dout, None, q, k, v, out, lse, p, head_map)
+        gradients = reference.block_attention_backward(*operands, scale=scale, sequences=own)
+        found.append((out, lse, *gradients[:3]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
