@@ -449,7 +449,7 @@ FEW_COLUMN_CASES = [
         small=True,
     ),
     BlockCase(
-        "few_long_rows",
+        "cut_wide_product",
         Stored((32, 2000), (16, 16), blocks="all"),
         width=150,
         dense="mT",
@@ -457,7 +457,9 @@ FEW_COLUMN_CASES = [
         activation="silu",
         small=True,
     ),
-    BlockCase("few_long_rows_64", Stored((64, 4096), (64, 64), blocks="all"), width=200, batch=2),
+    BlockCase(
+        "cut_wide_product_64", Stored((64, 4096), (64, 64), blocks="all"), width=200, batch=2
+    ),
     BlockCase("power_law_128", Stored((400, 6000), (128, 128), blocks="power"), width=64),
     BlockCase("power_law_wide_blocks", Stored((64, 4096), (16, 64), blocks="power"), width=16),
     BlockCase(
