@@ -6,13 +6,22 @@ consumer warpgroups, which multiply.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from sparse_layouts.kernels.hopper_common import wait_full
+from sparse_layouts.block_pattern import BlockPattern
+from sparse_layouts.kernels.block_attention.reference import dropout_threshold
+from sparse_layouts.kernels.block_attention.sequences import Sequences
+from sparse_layouts.kernels.block_attention.triton_common import kept_scale
+from sparse_layouts.kernels.block_attention.unit_schedule import UnitSchedule
+from sparse_layouts.kernels.hopper_common import wait_full, work_counter
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -290,3 +299,77 @@ def bundle_size(samples: int, bytes_each: int, budget: int) -> int:
     """
     bundles = max(1, round(samples * bytes_each / budget))
     return max(1, -(-samples // bundles))
+
+
+def sequence_table(
+    sequences: Sequences,
+    nq: int,
+    nk: int,
+    pattern: BlockPattern,
+    rows: int,
+    device: torch.device,
+    *,
+    keys: int = 128,
+) -> Tensor:
+    """What producers read of sequences, made on the device: see `sequence_tiles`. `rows` and `keys`
+    are those of an item of queries, and of one of keys.
+    """
+    num = sequences.num_sequences
+    table = torch.empty(num + 1, 8, device=device, dtype=torch.int32)
+    sequence_tiles[(1,)](
+        sequences.q_starts,
+        sequences.q_lens,
+        sequences.k_starts,
+        sequences.k_lens,
+        table,
+        num,
+        nq,
+        nk,
+        *pattern.shape,
+        TILE=rows,
+        BLOCK=128,
+        KEY_TILE=keys,
+        num_warps=4,
+    )
+    return table
+
+
+def pass_arguments(
+    q: Tensor,
+    k: Tensor,
+    mask_rows: int,
+    tiles: Tensor | None,
+    head_map: Tensor,
+    schedule: UnitSchedule,
+    sequences: Sequences | None,
+    table: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> dict[str, Any]:
+    """What every pass over a schedule takes by name; `tiles` are the bits of the schedule's
+    pattern, `table` is that of the sequences.
+    """
+    (_, heads, nq, _), (kv_heads, nk) = q.shape, k.shape[1:3]
+    return {
+        "counter_ptr": work_counter(q.device, torch.cuda.current_stream(q.device).cuda_stream),
+        "head_map_ptr": head_map,
+        "columns_ptr": schedule.columns,
+        "flags_ptr": schedule.flags,
+        "block_tiles_ptr": schedule.block_tiles,
+        "log_counts_ptr": schedule.log_counts,
+        "tiles_ptr": tiles,
+        "sequences_ptr": table,
+        "seed_ptr": seed,
+        "heads": heads,
+        "group": heads // kv_heads,
+        "stride_map": 0 if head_map.shape[0] == 1 else head_map.stride(0),
+        "row_offset": mask_rows - nq,
+        "num_queries": nq,
+        "num_keys": nk,
+        "num_sequences": 0 if sequences is None else sequences.num_sequences,
+        "packed": 0 if sequences is None else int(sequences.packed),
+        "scale": scale,
+        "threshold": dropout_threshold(dropout_p),
+        "keep_scale": kept_scale(dropout_p),
+    }

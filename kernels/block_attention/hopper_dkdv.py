@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +10,11 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern, transpose_pattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.heads import shared_lists
-from sparse_layouts.kernels.block_attention.hopper_common import bundle_size
+from sparse_layouts.kernels.block_attention.hopper_common import bundle_size, pass_arguments
 from sparse_layouts.kernels.block_attention.hopper_dkdv_kernel import hopper_attention_dkdv
 from sparse_layouts.kernels.block_attention.hopper_dkdv_load import NUM_UNITS
-from sparse_layouts.kernels.block_attention.hopper_forward import sequence_table
-from sparse_layouts.kernels.block_attention.reference import dropout_threshold
 from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_attention.triton_common import (
-    kept_scale,
     padded_head_dim,
     signature,
 )
@@ -27,7 +23,6 @@ from sparse_layouts.kernels.hopper_common import (
     multiprocessors,
     rows_descriptor,
     rows_descriptor_type,
-    work_counter,
 )
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES
 
@@ -63,47 +58,21 @@ def gradient_of_keys(
     dropout_p: float,
     seed: Tensor | None,
     sequences: Sequences | None,
+    table: Tensor | None,
 ) -> None:
     """Writes `dk` and `dv`, with sequences only rows that belong to one; head sizes up to 128.
 
-    `terms` is what `hopper_two_passes.row_terms` makes; the pattern stores something, and the copy
-    engine can read the other operands and write the results.
+    `terms` is what `hopper_two_passes.row_terms` makes, `table` that of the sequences, for items of
+    ITEM_KEYS; the pattern stores something, and the copy engine can read the other operands and
+    write the results.
     """
-    programs, arguments, options = _launch(
-        dout, q, k, v, terms, dk, dv, pattern, head_map, scale, dropout_p, seed, sequences
-    )
-    with torch.cuda.device_of(q):
-        hopper_attention_dkdv[(programs,)](**arguments, **options)
-
-
-def _launch(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    terms: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    pattern: BlockPattern,
-    head_map: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    sequences: Sequences | None,
-) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """How many programs, arguments by name, constants and options."""
     (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
     (m, _), (bm, bn) = pattern.shape, pattern.block_size
     d = max(64, padded_head_dim(max(head_dim, value_dim)))
     group, samples = heads // kv_heads, batch * kv_heads
-    table = None
-    if sequences is None:
-        # the query heads of a key head visit its keys together: their lists are paired alike
-        alike = shared_lists(pattern, head_map, group)
-    else:
-        # both units of an item lie in one sequence as neighbours do
-        alike = False
-        table = sequence_table(sequences, nq, nk, pattern, ITEM_KEYS, q.device, keys=ITEM_KEYS)
+    # The query heads of a key head visit its keys together: their lists are paired alike. Of
+    # sequences both units of an item lie in one, as neighbours do.
+    alike = sequences is None and shared_lists(pattern, head_map, group)
     transposed = transpose_pattern(pattern)
     schedule = unit_schedule(transposed, NUM_UNITS.value, UNIT, pair_by_length=alike)
     groups = schedule.rows.shape[1]
@@ -112,7 +81,9 @@ def _launch(
         items = kv_heads * (batch * (nk // ITEM_KEYS + 1) + sequences.num_sequences)
     piece = min(bm, UNIT)
     streamed = group * 4 * nq * d * q.element_size()
-    arguments = {
+    arguments = pass_arguments(
+        q, k, m, transposed.tiles, head_map, schedule, sequences, table, scale, dropout_p, seed
+    ) | {
         "q_desc": rows_descriptor(q, piece),
         "k_desc": rows_descriptor(k, UNIT),
         "v_desc": rows_descriptor(v, UNIT),
@@ -122,35 +93,15 @@ def _launch(
         "dk_ptr": dk,
         "dv_ptr": dv,
         "terms_ptr": terms,
-        "counter_ptr": work_counter(q.device, torch.cuda.current_stream(q.device).cuda_stream),
-        "head_map_ptr": head_map,
         "rows_ptr": schedule.heaviest_first if alike else schedule.rows,
-        "columns_ptr": schedule.columns,
-        "flags_ptr": schedule.flags,
-        "block_tiles_ptr": schedule.block_tiles,
-        "log_counts_ptr": schedule.log_counts,
-        "tiles_ptr": transposed.tiles,
-        "sequences_ptr": table,
-        "seed_ptr": seed,
-        "heads": heads,
-        "group": group,
         "groups": groups,
         "bundle": bundle_size(samples, streamed, L2_BYTES),
         "samples": samples,
-        "stride_map": 0 if head_map.shape[0] == 1 else head_map.stride(0),
-        "row_offset": m - nq,
-        "num_queries": nq,
-        "num_keys": nk,
         "num_rows": m,
-        "num_sequences": 0 if sequences is None else sequences.num_sequences,
-        "packed": 0 if sequences is None else int(sequences.packed),
-        "scale": scale,
-        "threshold": dropout_threshold(dropout_p),
-        "keep_scale": kept_scale(dropout_p),
     }
     options = {"BM": bm, "BN": bn, "PIECE": piece, "D": d, "STAGES": STAGES[d]}
     options |= {"num_warps": 4, "maxnreg": MAX_REGISTERS}
-    return min(multiprocessors(q.device), items), arguments, options
+    hopper_attention_dkdv[(min(multiprocessors(q.device), items),)](**arguments, **options)
 
 
 def compilations() -> Iterator[Compilation]:

@@ -11,20 +11,17 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern, transpose_pattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.heads import shared_lists
-from sparse_layouts.kernels.block_attention.hopper_common import bundle_size
+from sparse_layouts.kernels.block_attention.hopper_common import bundle_size, pass_arguments
 from sparse_layouts.kernels.block_attention.hopper_dkdv_wide_kernel import (
     hopper_attention_wide_columns,
 )
-from sparse_layouts.kernels.block_attention.hopper_forward import sequence_table
-from sparse_layouts.kernels.block_attention.reference import dropout_threshold
 from sparse_layouts.kernels.block_attention.sequences import Sequences
-from sparse_layouts.kernels.block_attention.triton_common import kept_scale, signature
+from sparse_layouts.kernels.block_attention.triton_common import signature
 from sparse_layouts.kernels.block_attention.unit_schedule import UNIT, unit_schedule
 from sparse_layouts.kernels.hopper_common import (
     multiprocessors,
     rows_descriptor,
     rows_descriptor_type,
-    work_counter,
 )
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES
 
@@ -44,6 +41,8 @@ class Tuning(NamedTuple):
 # bf16, one H200 (2026-11-26): 677 us, 539 TFLOP/s; both passes 1.19 ms, Triton's 1.63.
 TUNING = Tuning()
 D = 256
+# keys of an item
+ITEM_KEYS = UNIT
 # Queries and their gradients of the heads worked on together; half of an H200's L2.
 L2_BYTES = 32_000_000
 
@@ -63,17 +62,17 @@ def gradient_of_keys(
     dropout_p: float,
     seed: Tensor | None,
     sequences: Sequences | None,
+    table: Tensor | None,
 ) -> None:
     """Writes dk and dv, of operands whose head sizes are at most 256, in bf16 or fp16.
 
     `terms` (B, H, Nq, 2) fp32, contiguous: of every query lse in base 2 (+inf: no entries) and
     rowsum(dout * out) - dlse. The operands are such that TMA can read them, and none is empty. With
-    sequences, rows of dk and dv that belong to none are left as they are.
+    sequences, rows of dk and dv that belong to none are left as they are; `table` is theirs, for
+    items of ITEM_KEYS.
     """
     (batch, heads, nq, _), (kv_heads, nk) = q.shape, k.shape[1:3]
     (m, _), (bm, bn) = pattern.shape, pattern.block_size
-    if seed is None or dropout_p <= 0:
-        dropout_p, seed = 0.0, None
     transposed = transpose_pattern(pattern)
     schedule = unit_schedule(transposed, 1, UNIT)
     groups = schedule.rows.shape[1]
@@ -81,52 +80,30 @@ def gradient_of_keys(
     # a key head's columns are dealt out by length only where its query heads read the same lists
     alike = sequences is None and shared_lists(pattern, head_map, group)
     items = samples * groups
-    table = None
     if sequences is not None:
-        table = sequence_table(sequences, nq, nk, pattern, UNIT, q.device, keys=UNIT)
         extra = sequences.num_sequences if sequences.packed else 0
-        items = kv_heads * ((nk // UNIT + 1) * batch + extra)
+        items = kv_heads * ((nk // ITEM_KEYS + 1) * batch + extra)
     piece = min(bm, UNIT)
     bytes_each = group * 2 * nq * D * q.element_size()
-    with torch.cuda.device_of(q):
-        hopper_attention_wide_columns[(min(multiprocessors(q.device), items),)](
-            q_desc=rows_descriptor(q, piece),
-            k_desc=rows_descriptor(k, 64),
-            v_desc=rows_descriptor(v, 64),
-            dout_desc=rows_descriptor(dout, piece),
-            dk_desc=rows_descriptor(dk, 64),
-            dv_desc=rows_descriptor(dv, 64),
-            dk_ptr=dk,
-            dv_ptr=dv,
-            terms_ptr=terms,
-            counter_ptr=work_counter(q.device, torch.cuda.current_stream(q.device).cuda_stream),
-            head_map_ptr=head_map,
-            rows_ptr=schedule.heaviest_first if alike else schedule.rows,
-            columns_ptr=schedule.columns,
-            flags_ptr=schedule.flags,
-            block_tiles_ptr=schedule.block_tiles,
-            log_counts_ptr=schedule.log_counts,
-            tiles_ptr=transposed.tiles,
-            sequences_ptr=table,
-            seed_ptr=seed,
-            heads=heads,
-            group=group,
-            groups=groups,
-            bundle=bundle_size(samples, bytes_each, L2_BYTES),
-            samples=samples,
-            stride_map=0 if head_map.shape[0] == 1 else head_map.stride(0),
-            row_offset=m - nq,
-            num_queries=nq,
-            num_keys=nk,
-            num_sequences=0 if sequences is None else sequences.num_sequences,
-            packed=0 if sequences is None else int(sequences.packed),
-            scale=scale,
-            threshold=dropout_threshold(dropout_p),
-            keep_scale=kept_scale(dropout_p),
-            **_constants(bm, bn),
-            num_warps=4,
-            maxnreg=TUNING.max_registers,
-        )
+    arguments = pass_arguments(
+        q, k, m, transposed.tiles, head_map, schedule, sequences, table, scale, dropout_p, seed
+    ) | {
+        "q_desc": rows_descriptor(q, piece),
+        "k_desc": rows_descriptor(k, UNIT),
+        "v_desc": rows_descriptor(v, UNIT),
+        "dout_desc": rows_descriptor(dout, piece),
+        "dk_desc": rows_descriptor(dk, UNIT),
+        "dv_desc": rows_descriptor(dv, UNIT),
+        "dk_ptr": dk,
+        "dv_ptr": dv,
+        "terms_ptr": terms,
+        "rows_ptr": schedule.heaviest_first if alike else schedule.rows,
+        "groups": groups,
+        "bundle": bundle_size(samples, bytes_each, L2_BYTES),
+        "samples": samples,
+    }
+    options = _constants(bm, bn) | {"num_warps": 4, "maxnreg": TUNING.max_registers}
+    hopper_attention_wide_columns[(min(multiprocessors(q.device), items),)](**arguments, **options)
 
 
 def _constants(bm: int, bn: int) -> dict[str, int]:
@@ -167,7 +144,7 @@ def _compilation(
     constexprs |= {f"{name}_ptr": None for name, there in options.items() if not there}
     given = dict.fromkeys(("q_desc", "dout_desc"), rows_descriptor_type(dtype, min(bm, UNIT)))
     keys = ("k_desc", "v_desc", "dk_desc", "dv_desc")
-    given |= dict.fromkeys(keys, rows_descriptor_type(dtype, 64))
+    given |= dict.fromkeys(keys, rows_descriptor_type(dtype, UNIT))
     given |= dict.fromkeys(("dk_ptr", "dv_ptr"), f"*{DTYPE_NAMES[dtype]}")
     given |= {"terms_ptr": "*fp32", "log_counts_ptr": "*fp32", "seed_ptr": "*i64"}
     on = [name for name, there in options.items() if there]

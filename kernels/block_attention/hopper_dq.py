@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +11,10 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.heads import shared_lists
-from sparse_layouts.kernels.block_attention.hopper_common import bundle_size
+from sparse_layouts.kernels.block_attention.hopper_common import bundle_size, pass_arguments
 from sparse_layouts.kernels.block_attention.hopper_dq_kernel import hopper_attention_dq
-from sparse_layouts.kernels.block_attention.hopper_forward import sequence_table
-from sparse_layouts.kernels.block_attention.reference import dropout_threshold
 from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_attention.triton_common import (
-    kept_scale,
     padded_head_dim,
     signature,
 )
@@ -26,7 +23,6 @@ from sparse_layouts.kernels.hopper_common import (
     multiprocessors,
     rows_descriptor,
     rows_descriptor_type,
-    work_counter,
 )
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES
 
@@ -73,45 +69,17 @@ def gradient_of_queries(
     head_map: Tensor,
     *,
     scale: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    sequences: Sequences | None = None,
+    dropout_p: float,
+    seed: Tensor | None,
+    sequences: Sequences | None,
+    table: Tensor | None,
 ) -> None:
     """Writes `dq`, in bf16 or fp16; where there are sequences, only the rows that belong to one.
 
     `terms` (B, H, Nq, 2) fp32, contiguous: of every query the logsumexp in base 2, +inf for a row
     without entries, and rowsum(dout * out) less the gradient of the logsumexp. The pattern stores a
-    block, and there are keys.
+    block, and there are keys. `table` is that of the sequences, for :func:`rows_of_an_item`.
     """
-    keep = (dropout_p, seed) if seed is not None and dropout_p > 0 else (0.0, None)
-    with torch.cuda.device_of(q):
-        programs, arguments, options = _launch(
-            dout, q, k, v, terms, dq, pattern, head_map, scale, *keep, sequences
-        )
-        hopper_attention_dq[(programs,)](**arguments, **options)
-
-
-def _tuning(head_dim: int, value_dim: int) -> tuple[Tuning, int]:
-    """And the padded head size."""
-    d = max(64, padded_head_dim(max(head_dim, value_dim)))
-    return TUNINGS[d], d
-
-
-def _launch(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    terms: Tensor,
-    dq: Tensor,
-    pattern: BlockPattern,
-    head_map: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    sequences: Sequences | None,
-) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """How many programs, the arguments by name, constants and options."""
     (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
     m, (bm, bn) = pattern.shape[0], pattern.block_size
     tuning, d = _tuning(head_dim, value_dim)
@@ -126,14 +94,14 @@ def _launch(
     first_group = 0 if sequences is not None else (m - nq) // (units * UNIT)
     samples = batch * heads // (2 if paired else 1)
     items = samples * (groups - first_group)
-    table = None
     if sequences is not None:
-        table = sequence_table(sequences, nq, nk, pattern, rows, q.device)
         extra = 2 * sequences.num_sequences if sequences.packed else 0
         items = heads * ((nq // rows + 2) * batch + extra)
     piece = min(bn, tuning.keys)
     in_order = first_group == 0 and sequences is None
-    arguments = {
+    arguments = pass_arguments(
+        q, k, m, pattern.tiles, head_map, schedule, sequences, table, scale, dropout_p, seed
+    ) | {
         "q_desc": rows_descriptor(q, UNIT),
         "k_desc": rows_descriptor(k, piece),
         "v_desc": rows_descriptor(v, piece),
@@ -141,32 +109,12 @@ def _launch(
         "dq_desc": rows_descriptor(dq, UNIT),
         "dq_ptr": dq,
         "terms_ptr": terms,
-        "counter_ptr": work_counter(q.device, torch.cuda.current_stream(q.device).cuda_stream),
-        "head_map_ptr": head_map,
         "rows_ptr": schedule.heaviest_first if in_order else schedule.rows,
-        "columns_ptr": schedule.columns,
-        "flags_ptr": schedule.flags,
-        "block_tiles_ptr": schedule.block_tiles,
-        "log_counts_ptr": schedule.log_counts,
-        "tiles_ptr": pattern.tiles,
-        "sequences_ptr": table,
-        "seed_ptr": seed,
-        "heads": heads,
-        "group": group,
         "groups": groups - first_group,
         "bundle": bundle_size(samples, 2 * nk * d * q.element_size() // group, L2_BYTES),
         "samples": samples,
-        "stride_map": 0 if head_map.shape[0] == 1 else head_map.stride(0),
         "stride_rows": groups,
         "first_group": first_group,
-        "row_offset": m - nq,
-        "num_queries": nq,
-        "num_keys": nk,
-        "num_sequences": 0 if sequences is None else sequences.num_sequences,
-        "packed": 0 if sequences is None else int(sequences.packed),
-        "scale": scale,
-        "threshold": dropout_threshold(dropout_p),
-        "keep_scale": kept_scale(dropout_p),
     }
     options = {
         "BM": bm,
@@ -176,7 +124,19 @@ def _launch(
         "num_warps": 4,
         "maxnreg": tuning.max_registers,
     }
-    return min(multiprocessors(q.device) * tuning.programs, items), arguments, options
+    programs = min(multiprocessors(q.device) * tuning.programs, items)
+    hopper_attention_dq[(programs,)](**arguments, **options)
+
+
+def rows_of_an_item(head_dim: int, value_dim: int) -> int:
+    """Rows of the mask that a program works on at a time, where there are sequences."""
+    return _tuning(head_dim, value_dim)[0].units * UNIT
+
+
+def _tuning(head_dim: int, value_dim: int) -> tuple[Tuning, int]:
+    """And the padded head size."""
+    d = max(64, padded_head_dim(max(head_dim, value_dim)))
+    return TUNINGS[d], d
 
 
 def _constants(tuning: Tuning, d: int, piece: int) -> dict[str, int]:

@@ -12,12 +12,15 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.heads import shared_lists
-from sparse_layouts.kernels.block_attention.hopper_common import bundle_size, sequence_tiles
+from sparse_layouts.kernels.block_attention.hopper_common import (
+    bundle_size,
+    pass_arguments,
+    sequence_table,
+    sequence_tiles,
+)
 from sparse_layouts.kernels.block_attention.hopper_forward_kernel import hopper_attention_forward
-from sparse_layouts.kernels.block_attention.reference import dropout_threshold
 from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_attention.triton_common import (
-    kept_scale,
     padded_head_dim,
     signature,
 )
@@ -190,41 +193,23 @@ def _launch(
         items = heads * (tiles * batch + extra)
     piece = min(bn, tuning.keys)
     in_order = first_group == 0 and sequences is None
-    arguments = {
+    arguments = pass_arguments(
+        q, k, m, pattern.tiles, head_map, schedule, sequences, table, scale, dropout_p, seed
+    ) | {
         "q_desc": rows_descriptor(q, 64),
         "k_desc": rows_descriptor(k, piece),
         "v_desc": rows_descriptor(v, piece),
         "out_desc": rows_descriptor(out, 64),
         "out_ptr": out,
         "lse_ptr": lse,
-        "counter_ptr": work_counter(q.device, torch.cuda.current_stream(q.device).cuda_stream),
-        "head_map_ptr": head_map,
         "rows_ptr": schedule.heaviest_first if in_order else schedule.rows,
-        "columns_ptr": schedule.columns,
-        "flags_ptr": schedule.flags,
-        "block_tiles_ptr": schedule.block_tiles,
-        "log_counts_ptr": schedule.log_counts,
-        "tiles_ptr": pattern.tiles,
-        "sequences_ptr": table,
-        "seed_ptr": seed,
-        "heads": heads,
-        "group": group,
         "groups": groups - first_group,
         "bundle": bundle_size(samples, 2 * nk * d * q.element_size() // group, L2_BYTES),
         "samples": samples,
-        "stride_map": 0 if head_map.shape[0] == 1 else head_map.stride(0),
         "stride_rows": groups,
         "first_group": first_group,
-        "row_offset": m - nq,
-        "num_queries": nq,
-        "num_keys": nk,
-        "num_sequences": 0 if sequences is None else sequences.num_sequences,
-        "packed": 0 if sequences is None else int(sequences.packed),
         "stride_lse": nq,
         "wants_lse": 1,
-        "scale": scale,
-        "threshold": dropout_threshold(dropout_p),
-        "keep_scale": kept_scale(dropout_p),
     }
     options = {
         "BM": bm,
@@ -251,39 +236,6 @@ def _constants(tuning: Tuning, d: int, piece: int) -> dict[str, int]:
     }
 
 
-def sequence_table(
-    sequences: Sequences,
-    nq: int,
-    nk: int,
-    pattern: BlockPattern,
-    rows: int,
-    device: torch.device,
-    *,
-    keys: int = 128,
-) -> Tensor:
-    """What producers read of sequences, made on the device: see `sequence_tiles`. `rows` and `keys`
-    are those of an item of queries, and of one of keys.
-    """
-    num = sequences.num_sequences
-    table = torch.empty(num + 1, 8, device=device, dtype=torch.int32)
-    sequence_tiles[(1,)](
-        sequences.q_starts,
-        sequences.q_lens,
-        sequences.k_starts,
-        sequences.k_lens,
-        table,
-        num,
-        nq,
-        nk,
-        *pattern.shape,
-        TILE=rows,
-        BLOCK=128,
-        KEY_TILE=keys,
-        num_warps=4,
-    )
-    return table
-
-
 def compilations() -> Iterator[Compilation]:
     """Every tuning on blocks of every kind, and every feature once."""
     bf16, fp16 = torch.bfloat16, torch.float16
@@ -299,9 +251,10 @@ def compilations() -> Iterator[Compilation]:
     yield _compilation(64, 16, fp16, sequences=True, dropout=True)
     yield _compilation(256, 64, bf16, sequences=True)
     yield _compilation(128, 64, bf16, scaled=True)
-    constexprs = {"TILE": 128, "BLOCK": 128, "KEY_TILE": 128, "q_starts_ptr": None}
-    types = signature(sequence_tiles, {}, constexprs)
-    yield Compilation("tiles", sequence_tiles, types, constexprs, {"num_warps": 4}, 90, 90)
+    for rows, keys in ((128, 128), (64, 128), (128, 64)):
+        constexprs = {"TILE": rows, "BLOCK": 128, "KEY_TILE": keys, "q_starts_ptr": None}
+        types, name = signature(sequence_tiles, {}, constexprs), f"tiles-{rows}-{keys}"
+        yield Compilation(name, sequence_tiles, types, constexprs, {"num_warps": 4}, 90, 90)
 
 
 def _compilation(

@@ -9,6 +9,7 @@ lengths.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +19,7 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention import hopper_dkdv, hopper_dkdv_wide, hopper_dq
+from sparse_layouts.kernels.block_attention.hopper_common import sequence_table
 from sparse_layouts.kernels.block_attention.sequences import Sequences, padded_sequences
 from sparse_layouts.kernels.block_attention.triton_common import padded_head_dim, readied, signature
 
@@ -100,11 +102,18 @@ def block_attention_backward(
         dropout_p, seed = 0.0, None
     dout = readied(dout)
     terms = row_terms(out, dout, lse, dlse)
-    wide = max(q.shape[-1], v.shape[-1]) > hopper_dkdv.MOST_HEAD_DIM
-    by_column = (hopper_dkdv_wide if wide else hopper_dkdv).gradient_of_keys
-    options = {"scale": scale, "dropout_p": dropout_p, "seed": seed, "sequences": sequences}
+    head_dim, value_dim = q.shape[-1], v.shape[-1]
+    wide = max(head_dim, value_dim) > hopper_dkdv.MOST_HEAD_DIM
+    columns = hopper_dkdv_wide if wide else hopper_dkdv
+    options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "seed": seed}
     with torch.cuda.device_of(q):
-        by_column(dout, q, k, v, terms, dk, dv, pattern, head_map, **options)
+        table = None
+        if sequences is not None:  # one for both passes
+            rows = hopper_dq.rows_of_an_item(head_dim, value_dim)
+            sizes = (q.shape[2], k.shape[2], pattern, rows, q.device)
+            table = sequence_table(sequences, *sizes, keys=columns.ITEM_KEYS)
+        options |= {"sequences": sequences, "table": table}
+        columns.gradient_of_keys(dout, q, k, v, terms, dk, dv, pattern, head_map, **options)
         hopper_dq.gradient_of_queries(dout, q, k, v, terms, dq, pattern, head_map, **options)
     return dq, dk, dv, None
 
