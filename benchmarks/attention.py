@@ -29,7 +29,7 @@ import sparse_layouts as sl
 from benchmarks import attention_calls as calls
 from benchmarks import attention_fp8 as fp8
 from benchmarks import attention_rivals as rivals
-from benchmarks import report
+from benchmarks import gpu_command, report
 from benchmarks.attention_cases import (
     BEST,
     CASES,
@@ -44,11 +44,12 @@ from benchmarks.attention_cases import (
 )
 from benchmarks.attention_preparation import Task, default_processes, prepare_all, tasks
 from benchmarks.attention_reference import check, results_of
+from benchmarks.gpu_command import Tell
 from benchmarks.timing import Row, attempt, gpu_times, graphed, guarded_rows, selected
-from sparse_layouts import info
 from sparse_layouts.measuring import relative_error, synchronize
 
 PROGRAM = "python benchmarks/attention.py"
+SUBJECT = "attention"  # of the files
 ROUNDS, REP_MS = 3, 60
 DIFFERS = 0.02  # two kernels in 16 bits differ by less
 FLEX_SECONDS = 10.0  # for a direction's candidates
@@ -327,101 +328,41 @@ def show(row: Row) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    own = argparse.ArgumentParser(
-        prog=PROGRAM, description="Attention on a Hopper GPU against the best rivals."
-    )
-    own.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="rows whose name contains NAME; repeatable",
-    )
-    own.add_argument(
-        "--without",
-        action="append",
-        default=[],
-        choices=[name for name in rivals.RIVALS if name != FLASH2],
-        help="leaves a rival out; repeatable",
-    )
-    own.add_argument(
-        "--out",
-        type=Path,
-        help="a folder, such as benchmarks/results, for <gpu>_attention.json and .txt",
-    )
-    own.add_argument(
-        "--deadline",
-        type=float,
-        default=400.0,
-        metavar="SECONDS",
-        help="start no row after this long (default: %(default)s)",
-    )
-    own.add_argument(
-        "--processes",
-        type=int,
-        default=None,
-        help="compile in so many processes beforehand; 0: each thing when its turn comes "
-        "(default: two less than there are cores, at most 12)",
-    )
+    about = "Attention on a Hopper GPU against the best rivals."
+    own = gpu_command.parser(PROGRAM, about, SUBJECT, deadline=400.0)
+    gpu_command.add_without(own, [name for name in rivals.RIVALS if name != FLASH2])
     own.add_argument(
         "--graph", action="store_true", help="also time this library's calls in a CUDA graph"
     )
-    own.add_argument(
-        "--quick", action="store_true", help="small sizes, few repeats, no bars: whether it runs"
-    )
-    own.add_argument("--list", action="store_true", help="print the rows' names and leave")
     return own
 
 
-def file_name(device: str) -> str:
-    """ "h200_attention" for "NVIDIA H200"."""
-    words = [word for word in device.lower().split() if word not in ("nvidia", "geforce")]
-    return "_".join([*words[:1], "attention"])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures; returns 0, 1 if a result was wrong, 2 for a wrong command line.
-
-    A bar that does not hold is a finding, not a failure.
-    """
+    """Measures; returns 0, 1 if a result was wrong, 2 for a wrong command line."""
     own = parser()
     options = own.parse_args(arguments)
-    known = names(options.quick)
-    if options.list:
-        print("\n".join(known))
-        return 0
-    if not selected(known, options.only):
-        own.error(f"no row contains {' or '.join(map(repr, options.only))}; --list names them")
-    if not torch.cuda.is_available():
-        print(f"{PROGRAM}: torch sees no CUDA device", file=sys.stderr)
-        return 1
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-    where, begin = report.environment(), time.monotonic()
-    warning = info.disturbance(where["load_average"])
-    if warning:
-        print(warning, file=sys.stderr)
+    ended = gpu_command.cannot_run(own, options, names(options.quick))
+    if ended is not None:
+        return ended
 
-    def tell(stage: str) -> None:
-        print(f"{time.monotonic() - begin:6.1f} s  {stage}", file=sys.stderr, flush=True)
+    def measured(tell: Tell, deadline: float) -> list[Row]:
+        how = Run(
+            tell=tell,
+            deadline=deadline,
+            quick=options.quick,
+            graph=options.graph,
+            without=options.without,
+            processes=options.processes,
+            show=show,
+        )
+        return run(options.only, how)
 
-    how = Run(
-        tell=tell,
-        deadline=begin + options.deadline,
-        quick=options.quick,
-        graph=options.graph,
-        without=options.without,
-        processes=options.processes,
-        show=show,
-    )
-    rows = run(options.only, how)
-    gpu = torch.cuda.get_device_name()
-    print(f"\n{gpu}, torch {torch.__version__}, {time.monotonic() - begin:.0f} s")
-    print_short(rows)
+    done = gpu_command.measure(options, measured, print_short)
     if options.out is not None:
-        more = {"quick": options.quick, "seconds": round(time.monotonic() - begin)}
-        report.write(options.out, file_name(gpu), rows, where, **more)
-    return 1 if any(row.wrong for row in rows) else 0
+        name = gpu_command.file_name(done.gpu, SUBJECT)
+        more = {"quick": options.quick, "seconds": done.seconds}
+        report.write(options.out, name, done.rows, done.where, **more)
+    return gpu_command.status(done.rows)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,13 @@ if __name__ == "__main__" and not __package__:
 import torch
 
 import sparse_layouts as sl
-from benchmarks import attention, report
+from benchmarks import attention, gpu_command, report
 from benchmarks import matmul_break_even as even
 from benchmarks import matmul_dlmc as dlmc
 from benchmarks import matmul_variants as variants
 from benchmarks.attention_preparation import default_processes, prepare_all
 from benchmarks.gpu import OURS, QUICK, Effort
+from benchmarks.gpu_command import Tell
 from benchmarks.matmul_cases import CASES, QUICK_CASES, REORDERED, SDD, TRAINING, Case
 from benchmarks.matmul_preparation import command, tasks
 from benchmarks.matmul_reference import Checked, check
@@ -47,10 +48,10 @@ from benchmarks.matmul_rows import (
 from benchmarks.matmul_training import memory_notes
 from benchmarks.matmul_variants import Operands, Variant
 from benchmarks.timing import Row, attempt, guarded_rows, selected
-from sparse_layouts import info
 from sparse_layouts.measuring import relative_error, synchronize
 
 PROGRAM = "python benchmarks/matmul.py"
+SUBJECT = "matmul"  # of the files
 PREPARING_SHARE = 0.35  # of the time there is, at most
 # what is timed for a table of many: once each
 MANY = Effort(1, 10)
@@ -305,29 +306,10 @@ def show(row: Row) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    own = argparse.ArgumentParser(
-        prog=PROGRAM, description="Block-sparse products on a GPU against the best rivals."
-    )
-    own.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="rows whose name contains NAME; repeatable",
-    )
-    own.add_argument(
-        "--without",
-        action="append",
-        default=[],
-        choices=list(variants.RIVALS),
-        help="leaves a rival out; repeatable",
-    )
-    own.add_argument(
-        "--out",
-        type=Path,
-        help="a folder, such as benchmarks/results, for <gpu>_matmul.json and .txt and, with "
-        "matplotlib, <gpu>_matmul_break_even.png and .svg",
-    )
+    about = "Block-sparse products on a GPU against the best rivals."
+    also = " and, with matplotlib, <gpu>_matmul_break_even.png and .svg"
+    own = gpu_command.parser(PROGRAM, about, SUBJECT, deadline=170.0, also=also)
+    gpu_command.add_without(own, list(variants.RIVALS))
     own.add_argument(
         "--dlmc",
         type=Path,
@@ -336,91 +318,50 @@ def parser() -> argparse.ArgumentParser:
         "shared/data/dlmc beside the checkout)",
     )
     own.add_argument(
-        "--deadline",
-        type=float,
-        default=170.0,
-        metavar="SECONDS",
-        help="start no row after this long (default: %(default)s)",
-    )
-    own.add_argument(
-        "--processes",
-        type=int,
-        default=None,
-        help="compile in so many processes beforehand; 0: each thing when its turn comes "
-        "(default: two less than there are cores, at most 12)",
-    )
-    own.add_argument(
         "--graph",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="also time all variants in CUDA graphs, as is the default",
     )
-    own.add_argument(
-        "--quick", action="store_true", help="small sizes, few repeats, no bars: whether it runs"
-    )
-    own.add_argument("--list", action="store_true", help="print the rows' names and leave")
     return own
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures; returns 0, 1 if a result was wrong, 2 for a wrong command line.
-
-    A bar that does not hold is a finding, not a failure.
-    """
+    """Measures; returns 0, 1 if a result was wrong, 2 for a wrong command line."""
     own = parser()
     options = own.parse_args(arguments)
-    known = names(options.quick)
-    if options.list:
-        print("\n".join(known))
-        return 0
-    if not selected(known, options.only):
-        own.error(f"no row contains {' or '.join(map(repr, options.only))}; --list names them")
-    if not torch.cuda.is_available():
-        print(f"{PROGRAM}: torch sees no CUDA device", file=sys.stderr)
-        return 1
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-    where, begin = report.environment(), time.monotonic()
-    warning = info.disturbance(where["load_average"])
-    if warning:
-        print(warning, file=sys.stderr)
+    ended = gpu_command.cannot_run(own, options, names(options.quick))
+    if ended is not None:
+        return ended
 
-    def tell(stage: str) -> None:
-        print(f"{time.monotonic() - begin:6.1f} s  {stage}", file=sys.stderr, flush=True)
+    def measured(tell: Tell, deadline: float) -> list[Row]:
+        how = Run(
+            tell=tell,
+            deadline=deadline,
+            quick=options.quick,
+            graph=options.graph,
+            without=options.without,
+            processes=options.processes,
+            show=show,
+            matrices=options.dlmc,
+        )
+        return run(options.only, how)
 
-    how = Run(
-        tell=tell,
-        deadline=begin + options.deadline,
-        quick=options.quick,
-        graph=options.graph,
-        without=options.without,
-        processes=options.processes,
-        show=show,
-        matrices=options.dlmc,
-    )
-    rows = run(options.only, how)
-    gpu = torch.cuda.get_device_name()
-    print(f"\n{gpu}, torch {torch.__version__}, {time.monotonic() - begin:.0f} s")
-    print_short(rows)
+    done = gpu_command.measure(options, measured, print_short)
     if options.out is not None:
-        write(options.out, gpu, rows, where, options.quick, round(time.monotonic() - begin))
-    return 1 if any(row.wrong for row in rows) else 0
+        write(options.out, done.gpu, done.rows, done.where, options.quick, done.seconds)
+    return gpu_command.status(done.rows)
 
 
 def write(
     folder: Path, gpu: str, rows: Sequence[Row], where: dict[str, Any], quick: bool, seconds: int
 ) -> None:
     """The numbers, the tables and, with matplotlib, the plot."""
-    name = file_name(gpu)
+    name = gpu_command.file_name(gpu, SUBJECT)
     report.write(folder, name, rows, where, print_all, quick=quick, seconds=seconds)
     done = even.plot(rows, folder / f"{name}_break_even", f"{gpu}, bf16")
     if done:
         print(done)
-
-
-def file_name(device: str) -> str:
-    """ "h200_matmul" for "NVIDIA H200"."""
-    return attention.file_name(device).replace("attention", "matmul")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 if __name__ == "__main__" and not __package__:
     # a script finds what lies beside it; the packages lie one folder up
@@ -23,11 +23,12 @@ if __name__ == "__main__" and not __package__:
 
 import torch
 
-from benchmarks import attention, report
+from benchmarks import attention, gpu_command, report
 from benchmarks import nm_cases as cases
 from benchmarks.attention_preparation import Task, default_processes, prepare_all
 from benchmarks.gpu import DTYPE, OURS, QUICK, Effort
-from benchmarks.matmul import Differs, as_product
+from benchmarks.gpu_command import Tell
+from benchmarks.matmul import Differs, as_product, show
 from benchmarks.matmul_preparation import BETWEEN, tasks
 from benchmarks.matmul_rows import (
     HEAD,
@@ -41,10 +42,10 @@ from benchmarks.matmul_rows import (
 from benchmarks.matmul_variants import Variant
 from benchmarks.nm_cases import CASES, QUICK_CASES, Case, Checked, Operands, check, operands
 from benchmarks.timing import Row, attempt, guarded_rows, selected
-from sparse_layouts import info
 from sparse_layouts.measuring import relative_error, synchronize
 
 PROGRAM = "python benchmarks/nm.py"
+SUBJECT = "nm"  # of the files
 FULL = Effort(rep_ms=15)
 PREPARING_SHARE = 0.4  # of the time there is, at most
 
@@ -190,100 +191,33 @@ def print_all(rows: Sequence[Row], file: TextIO | None = None) -> None:
             print(f"  {row.name}: {note}", file=file)
 
 
-def show(row: Row) -> None:
-    """A row as it is finished, with its notes."""
-    print("  ".join(cell for cell in cells(row) if cell), flush=True)
-    for note in row.notes:
-        print(f"    {note}", flush=True)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    own = argparse.ArgumentParser(
-        prog=PROGRAM, description="Products with n:m weights on a GPU against the best rivals."
-    )
-    own.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="rows whose name contains NAME; repeatable",
-    )
-    own.add_argument(
-        "--out",
-        type=Path,
-        help="a folder, such as benchmarks/results, for <gpu>_nm.json and .txt",
-    )
-    own.add_argument(
-        "--deadline",
-        type=float,
-        default=90.0,
-        metavar="SECONDS",
-        help="start no row after this long (default: %(default)s)",
-    )
-    own.add_argument(
-        "--processes",
-        type=int,
-        default=None,
-        help="compile in so many processes beforehand; 0: each thing when its turn comes "
-        "(default: two less than there are cores, at most 12)",
-    )
-    own.add_argument(
-        "--quick", action="store_true", help="small sizes, few repeats, no bars: whether it runs"
-    )
-    own.add_argument("--list", action="store_true", help="print the rows' names and leave")
+    about = "Products with n:m weights on a GPU against the best rivals."
+    own = gpu_command.parser(PROGRAM, about, SUBJECT, deadline=90.0)
     own.add_argument("--prepare", nargs="+", metavar="NAME", help=argparse.SUPPRESS)
     return own
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures; returns 0, 1 if a result was wrong, 2 for a wrong command line.
-
-    A bar that does not hold is a finding, not a failure.
-    """
+    """Measures; returns 0, 1 if a result was wrong, 2 for a wrong command line."""
     own = parser()
     options = own.parse_args(arguments)
-    known = names(options.quick)
-    if options.list:
-        print("\n".join(known))
-        return 0
-    if not selected(known, options.only):
-        own.error(f"no row contains {' or '.join(map(repr, options.only))}; --list names them")
-    if not torch.cuda.is_available():
-        print(f"{PROGRAM}: torch sees no CUDA device", file=sys.stderr)
-        return 1
+    ended = gpu_command.cannot_run(own, options, names(options.quick))
+    if ended is not None:
+        return ended
     if options.prepare:
         return prepare_here(options.prepare)
+
+    def measured(tell: Tell, deadline: float) -> list[Row]:
+        return run(options.only, Run(tell, deadline, options.quick, options.processes, show))
+
+    done = gpu_command.measure(options, measured, print_short)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-    where, begin = report.environment(), time.monotonic()
-    warning = info.disturbance(where["load_average"])
-    if warning:
-        print(warning, file=sys.stderr)
-
-    def tell(stage: str) -> None:
-        print(f"{time.monotonic() - begin:6.1f} s  {stage}", file=sys.stderr, flush=True)
-
-    how = Run(tell, begin + options.deadline, options.quick, options.processes, show)
-    rows = run(options.only, how)
-    gpu = torch.cuda.get_device_name()
-    print(f"\n{gpu}, torch {torch.__version__}, {time.monotonic() - begin:.0f} s")
-    print_short(rows)
-    if options.out is not None:
-        write(options.out, gpu, rows, where, options.quick, round(time.monotonic() - begin))
-    return 1 if any(row.wrong for row in rows) else 0
-
-
-def write(
-    folder: Path, gpu: str, rows: Sequence[Row], where: dict[str, Any], quick: bool, seconds: int
-) -> None:
-    """The numbers and the table."""
-    report.write(folder, file_name(gpu), rows, where, print_all, quick=quick, seconds=seconds)
-
-
-def file_name(device: str) -> str:
-    """ "h200_nm" for "NVIDIA H200"."""
-    return attention.file_name(device).replace("attention", "nm")
+        name, more = gpu_command.file_name(done.gpu, SUBJECT), {"quick": options.quick}
+        more["seconds"] = done.seconds
+        report.write(options.out, name, done.rows, done.where, print_all, **more)
+    return gpu_command.status(done.rows)
 
 
 if __name__ == "__main__":

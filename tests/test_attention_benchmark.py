@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import sparse_layouts as sl
-from benchmarks import attention, report
+from benchmarks import attention, gpu_command, report
 from benchmarks import attention_calls as calls
 from benchmarks import attention_cases as cases
 from benchmarks import attention_fp8 as fp8
@@ -597,7 +597,8 @@ def test_rows_are_written_and_printed(
 ) -> None:
     rows = attention.run(["A0", "compilations"], on_cpu(quick=True, without=[FLEX]))
     where = report.environment()
-    report.write(tmp_path, attention.file_name("NVIDIA H200"), rows, where, quick=True)
+    name = gpu_command.file_name("NVIDIA H200", attention.SUBJECT)
+    report.write(tmp_path, name, rows, where, quick=True)
     found = json.loads((tmp_path / "h200_attention.json").read_text(encoding="utf-8"))
     assert {"date", "commit", "versions", "devices", "quick", "rows"} <= set(found)
     assert found["rows"][0]["measured"] == 0  # the CPU compiles nothing

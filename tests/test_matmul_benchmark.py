@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import sparse_layouts as sl
-from benchmarks import gpu, matmul, matmul_rows, report
+from benchmarks import gpu, gpu_command, matmul, matmul_rows, report
 from benchmarks import matmul_break_even as even
 from benchmarks import matmul_cases as cases
 from benchmarks import matmul_dlmc as dlmc
@@ -563,7 +563,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         assert matmul.main(["--only", "dsd"]) == 1
         assert "torch sees no CUDA device" in capsys.readouterr().err
-    assert matmul.file_name("NVIDIA H200") == "h200_matmul"
+    assert gpu_command.file_name("NVIDIA H200", matmul.SUBJECT) == "h200_matmul"
 
 
 def test_the_file_runs_as_a_script(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import sparse_layouts as sl
-from benchmarks import gpu, matmul_rows, nm, report
+from benchmarks import gpu, gpu_command, matmul_rows, nm, report
 from benchmarks import nm_cases as cases
 from benchmarks.gpu import OURS, Effort
 from benchmarks.matmul_cases import DENSE, Bar
@@ -220,7 +220,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         assert nm.main(["--only", "2:4"]) == 1
         assert "torch sees no CUDA device" in capsys.readouterr().err
-    assert nm.file_name("NVIDIA H200") == "h200_nm"
+    assert gpu_command.file_name("NVIDIA H200", nm.SUBJECT) == "h200_nm"
 
 
 def test_the_file_runs_as_a_script(tmp_path: Path) -> None:
