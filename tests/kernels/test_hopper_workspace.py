@@ -73,3 +73,18 @@ def test_head_bytes_count_the_longest_list(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(requirements, "HOPPER_WORKSPACE_BYTES", 1)
     blocks = (p.crow_indices[:, -1] - p.crow_indices[:, 0]).max()
     assert head_bytes() == 2 * int(blocks) * 64 * 64 * 2
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton, which is for Linux only")
+def test_a_gradient_at_any_address_is_readied() -> None:
+    from sparse_layouts.kernels.block_attention.triton_common import readied, tma_ready
+
+    plain = torch.randn(2, 3, 8, 16, dtype=torch.bfloat16)
+    at_odd = torch.empty(plain.numel() + 1, dtype=plain.dtype)[1:].view(plain.shape).copy_(plain)
+    assert at_odd.is_contiguous()
+    assert not tma_ready(at_odd)
+    for lying in (at_odd, plain.mT.contiguous().mT, plain[:, :, :1].expand_as(plain)):
+        ready = readied(lying)
+        assert tma_ready(ready)
+        assert torch.equal(ready, lying)
+    assert readied(plain) is plain

@@ -286,3 +286,20 @@ def test_a_contiguous_operand_with_odd_rows(device: str) -> None:
         assert torch.equal(linear(w, x), expected)
         assert torch.equal(linear(w, by_columns), expected)
     assert sl.explain(torch.nn.functional.linear, x, w).kernel == "hopper"
+
+
+@pytest.mark.parametrize("columns", [1, 64, 128])
+def test_tiles_are_no_wider_than_x(columns: int) -> None:
+    pytest.importorskip("triton")
+    from sparse_layouts.kernels.block_matmul.hopper_block_matmul import tile_columns
+
+    for row_tiles in (1, 99, 128, 5000):
+        assert tile_columns(columns, row_tiles, 132) == 128
+
+
+def test_whole_tiles_where_they_keep_the_processors_busy() -> None:
+    pytest.importorskip("triton")
+    from sparse_layouts.kernels.block_matmul.hopper_block_matmul import tile_columns
+
+    assert [tile_columns(256, rows, 132) for rows in (98, 99, 128)] == [128, 256, 256]
+    assert [tile_columns(512, rows, 132) for rows in (49, 50)] == [128, 256]
