@@ -55,12 +55,16 @@ def field(items, place, which: gl.constexpr):
 
 
 @gluon.jit
-def finish(counter_ptr):
-    """The last producer to come here makes the counter ready for the next launch."""
+def finish(counter_ptr, SECOND: gl.constexpr = False):
+    """The last producer to come here makes the counter ready for the next launch; so too a second
+    one, where the kernel has it.
+    """
     done = gl.atomic_add(counter_ptr + 1, 1, sem="acq_rel")
     if done == gl.num_programs(0) - 1:
         gl.store(counter_ptr, 0)
         gl.store(counter_ptr + 1, 0)
+        if SECOND:
+            gl.store(counter_ptr + 2, 0)
 
 
 # --- on the host ----------------------------------------------------------------------------------
@@ -81,7 +85,7 @@ def rows_descriptor_type(dtype: torch.dtype, rows: int) -> str:
 
 @functools.cache
 def _counter(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(2, dtype=torch.int32, device=device)
+    return torch.zeros(3, dtype=torch.int32, device=device)
 
 
 def work_counter(device: torch.device, stream: int) -> Tensor:
@@ -92,7 +96,7 @@ def work_counter(device: torch.device, stream: int) -> Tensor:
     them, has its own.
     """
     if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=device)
+        return torch.zeros(3, dtype=torch.int32, device=device)
     return _counter(device, stream)
 
 

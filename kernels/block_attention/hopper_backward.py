@@ -20,7 +20,11 @@ from sparse_layouts.kernels.block_attention.hopper_backward_kernel import (
     TERMS_LAYOUT,
     hopper_attention_backward,
 )
-from sparse_layouts.kernels.block_attention.hopper_common import bundle_size
+from sparse_layouts.kernels.block_attention.hopper_common import (
+    PassLaunch,
+    bundle_size,
+    terms_strides,
+)
 from sparse_layouts.kernels.block_attention.reference import dropout_threshold
 from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_attention.triton_common import (
@@ -55,6 +59,11 @@ WORKSPACE_BYTES = 600_000_000
 # 8192, 7710, 5660, -, 5365 (0.9). A1 to A3: local stride, B 2, N 8192, blocks of 64 and 128, and B
 # 1, N 32768; H 32, D 128.
 WORK_BESIDE = 1.5
+# The share of the programs that begin with items by row, where there are both kinds: those are
+# bound by reading, the others by multiplying. A1 2094 us for 2118 without it, A2 2057 for 2077, A3
+# 5811 for 5873; with a quarter these programs run out of work early: 2170, 2133, 6039 (H200,
+# 2026-11-27). Half of a unit's keys or values in registers at D 128 spilled: 2517 and 2537 us.
+ROW_PROGRAMS = 0.15
 # Of A1's 2050 us the row terms take 83, the pass by column 1350 and that by row 580, which overlap
 # where there are several launches; at 740 TFLOP/s it would be 1200. Claiming items one by one
 # gained 2 to 6% over fixed shares.
@@ -145,9 +154,10 @@ def block_attention_backward(
     plan = _plan(q, k, v, pattern, head_map, scale, *keep)
     dout = readied(dout)
     terms, workspace = _scratch(plan, q)
-    _launch_terms(out, dout, lse, dlse, terms, pattern, plan.units)
+    own_terms = _terms_pass(out, dout, lse, dlse, terms, pattern, plan.units)
     arguments = plan.shared | _described(q, k, v, dout, terms, workspace, dq, dk, dv)
     with torch.cuda.device_of(q):
+        own_terms.run()
         for programs, own in plan.launches:
             hopper_attention_backward[(programs,)](**arguments, **own, **plan.options)
     return dq, dk, dv, None
@@ -174,10 +184,9 @@ class PreparedBackward:
         self._plan, self._device = plan, q.device
         terms, workspace = _scratch(plan, q)
         gradients = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-        grid, arguments, options = _terms_launch(out, dout, lse, None, terms, pattern, plan.units)
-        self._terms_programs = grid[0]
-        moving = ("out_ptr", "dout_ptr", "lse_ptr", "terms_ptr")
-        self._terms = PackedLaunch(attention_unit_terms, arguments, options, moving)
+        own_terms = _terms_pass(out, dout, lse, None, terms, pattern, plan.units)
+        self._terms_programs = own_terms.programs
+        self._terms = own_terms.pack("out_ptr", "dout_ptr", "lse_ptr", "terms_ptr")
         arguments = plan.shared | plan.launches[0][1]
         arguments |= _described(q, k, v, dout, terms, workspace, *gradients)
         self._packed = PackedLaunch(
@@ -246,7 +255,7 @@ def _scratch(plan: Plan, q: Tensor) -> tuple[Tensor, Tensor]:
     return terms, torch.empty(1, 1, plan.slots * 64, 64, device=q.device, dtype=q.dtype)
 
 
-def _terms_launch(
+def _terms_pass(
     out: Tensor,
     dout: Tensor,
     lse: Tensor,
@@ -254,29 +263,15 @@ def _terms_launch(
     terms: Tensor,
     pattern: BlockPattern,
     units: int,
-) -> tuple[tuple[int], dict[str, Any], dict[str, Any]]:
+) -> PassLaunch:
     batch, heads, nq, value_dim = out.shape
     arguments = {"out_ptr": out, "dout_ptr": dout, "lse_ptr": lse, "dlse_ptr": dlse}
     arguments["terms_ptr"] = terms
-    for letter, t in (("o", out), ("g", dout)):
-        names = [f"stride_{letter}{axis}" for axis in "bhmd"]
-        arguments |= dict(zip(names, t.stride(), strict=True))
-    for letter, strides in (
-        ("l", lse.stride()),
-        ("d", (0, 0, 0) if dlse is None else dlse.stride()),
-    ):
-        names = [f"stride_{letter}{axis}" for axis in "bhm"]
-        arguments |= dict(zip(names, strides, strict=True))
+    arguments |= terms_strides(out, dout, lse, dlse)
     arguments |= {"heads": heads, "num_queries": nq, "row_offset": pattern.shape[0] - nq}
     arguments |= {"units": units, "value_dim": value_dim}
     options = {"DV": padded_head_dim(value_dim), "num_warps": 4}
-    return (batch * heads * units,), arguments, options
-
-
-def _launch_terms(*operands: Any) -> None:
-    grid, arguments, options = _terms_launch(*operands)
-    with torch.cuda.device_of(arguments["out_ptr"]):
-        attention_unit_terms[grid](**arguments, **options)
+    return PassLaunch(attention_unit_terms, batch * heads * units, arguments, options)
 
 
 def workspace_share(
@@ -357,16 +352,18 @@ def _plan(
         columns = max(0, min(share, key_heads - number * share))
         rows = 0 if number == 0 else min(share, key_heads - (number - 1) * share) * group
         items = columns * column_groups + rows * (row_groups - first_group)
+        launched = min(programs, items)
         own = {
             "first_column": number * share,
             "column_samples": columns,
             "bundle": bundle_size(max(columns, 1), bytes_each, L2_BYTES),
             "first_row": max(0, number - 1) * share * group,
             "row_samples": rows,
+            "row_programs": int(ROW_PROGRAMS * launched) if columns and rows else 0,
             "column_slot": number % halves * share * group,
             "row_slot": (number - 1) % halves * share * group,
         }
-        launches.append((min(programs, items), own))
+        launches.append((launched, own))
     options = {"BM": bm, "BN": bn, "D": d, "STAGES": STAGES[d]}
     options |= {"num_warps": 4, "maxnreg": MAX_REGISTERS}
     return Plan(shared, launches, options, halves * share * group * num_places, units)

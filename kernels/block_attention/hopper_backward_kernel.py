@@ -50,9 +50,9 @@ UNITS, DEAD = gl.constexpr(unit_schedule.UNITS), gl.constexpr(unit_schedule.DEAD
 BEGIN, END = gl.constexpr(unit_schedule.RUN_BEGIN), gl.constexpr(unit_schedule.RUN_END)
 TERMS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
 INTEGERS = ["heads", "group", "column_groups", "first_column", "column_samples", "bundle"]
-INTEGERS += ["row_groups", "stride_rows", "first_group", "first_row", "row_samples", "stride_map"]
-INTEGERS += ["column_slot", "row_slot", "places", "units", "row_offset", "num_queries", "num_keys"]
-INTEGERS += ["num_rows", "threshold"]
+INTEGERS += ["row_groups", "stride_rows", "first_group", "first_row", "row_samples"]
+INTEGERS += ["row_programs", "stride_map", "column_slot", "row_slot", "places", "units"]
+INTEGERS += ["row_offset", "num_queries", "num_keys", "num_rows", "threshold"]
 
 
 @gluon.jit
@@ -101,6 +101,10 @@ def _consume(
     SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     OL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     PL: gl.constexpr = gl.DotOperandLayout(0, OL, 2)
+    KL: gl.constexpr = gl.DotOperandLayout(0, SL, 2)
+    # whether keys and values are held in registers: products that read both operands from shared
+    # memory are bound by it
+    HELD: gl.constexpr = D == 64
     ROWS: gl.constexpr = gl.SliceLayout(1, SL)
     dtype: gl.constexpr = dq_desc.dtype
     scale2 = scale * LOG2E
@@ -116,6 +120,9 @@ def _consume(
     row_turn = 0
     dk = gl.zeros([64, D], gl.float32, OL)
     dv = gl.zeros([64, D], gl.float32, OL)
+    if HELD:
+        k = gl.zeros([64, D], dtype, KL)
+        v = gl.zeros([64, D], dtype, KL)
     stage_s = ds_s.index(u).reshape([64, D])
     wait_full(ready, 0, 2)
     item = field(items, 0, ITEM)
@@ -130,14 +137,21 @@ def _consume(
             keys = unit * 64 + offs
             pass_over(q_full, q_free, dout_full, dout_free, tile_turn, tile_turn + begin, STAGES)
             wait_full(kv_full, kv_turn, 2)
+            buffer = (kv_turn % 2) * NUM_UNITS + u
             place = (field(items, own, PLACE) + begin * NUM_UNITS + u) * 64
             if field(items, own, OPENS) != 0:
                 dk = gl.zeros([64, D], gl.float32, OL)
                 dv = gl.zeros([64, D], gl.float32, OL)
+                if HELD:
+                    k = k_s.index(buffer).reshape([64, D]).load(KL)
+                    v = v_s.index(buffer).reshape([64, WIDE]).slice(0, D, dim=1).load(KL)
+                    fence_async_shared()
+            if not HELD:
+                k = k_s.index(buffer).reshape([64, D])
             ragged = (unit + 1) * 64 > num_keys
             wait_full(q_full, tile_turn + begin, STAGES)
             s = warpgroup_mma(
-                k_s.index((kv_turn % 2) * NUM_UNITS + u).reshape([64, D]),
+                k,
                 q_s.index((tile_turn + begin) % STAGES).reshape([64, D]).permute((1, 0)),
                 zero, use_acc=False,
             )  # fmt: skip
@@ -150,10 +164,11 @@ def _consume(
                     flag = flag | 4
                 q = q_s.index(stage).reshape([64, D])
                 dout = dout_s.index(stage).reshape([64, D])
-                # read anew: kept over the loop, the descriptors of both operands would spill
-                buffer = field(items, own, KEYS) * NUM_UNITS + u
-                k = k_s.index(buffer).reshape([64, D])
-                v = v_s.index(buffer).reshape([64, WIDE]).slice(0, D, dim=1)
+                if not HELD:
+                    # read anew: kept over the loop, the descriptors of both operands would spill
+                    buffer = field(items, own, KEYS) * NUM_UNITS + u
+                    k = k_s.index(buffer).reshape([64, D])
+                    v = v_s.index(buffer).reshape([64, WIDE]).slice(0, D, dim=1)
                 wait_full(dout_full, t, STAGES)
                 dp_token = warpgroup_mma(
                     v, dout.permute((1, 0)), zero, use_acc=False, is_async=True
@@ -266,12 +281,14 @@ def hopper_attention_backward(
     counter_ptr, head_map_ptr, column_rows_ptr, column_columns_ptr, column_flags_ptr,
     column_tiles_ptr, column_counts_ptr, row_rows_ptr, row_columns_ptr, row_flags_ptr, places_ptr,
     tiles_ptr, seed_ptr, heads, group, column_groups, first_column, column_samples, bundle,
-    row_groups, stride_rows, first_group, first_row, row_samples, stride_map, column_slot, row_slot,
-    places, units, row_offset, num_queries, num_keys, num_rows, scale, threshold, keep_scale,
+    row_groups, stride_rows, first_group, first_row, row_samples, row_programs, stride_map,
+    column_slot, row_slot, places, units, row_offset, num_queries, num_keys, num_rows, scale,
+    threshold, keep_scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of key heads `first_column` .. + `column_samples` - 1 (of the batch), and dq of
-    query heads `first_row` .. + `row_samples` - 1, whose part of the workspace is written.
+    query heads `first_row` .. + `row_samples` - 1, whose part of the workspace is written. The
+    first `row_programs` programs work by row alone.
     """
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     dtype: gl.constexpr = q_desc.dtype
@@ -329,7 +346,7 @@ def hopper_attention_backward(
             q_desc, k_desc, v_desc, dout_desc, terms_desc, ds_desc, shared, counter_ptr,
             head_map_ptr, column_rows_ptr, column_columns_ptr, row_rows_ptr, row_columns_ptr,
             places_ptr, heads, group, column_groups, first_column, column_samples, bundle,
-            row_groups, stride_rows, first_group, first_row, row_samples, stride_map, column_slot,
-            row_slot, places, units, row_offset, D, STAGES,
+            row_groups, stride_rows, first_group, first_row, row_samples, row_programs, stride_map,
+            column_slot, row_slot, places, units, row_offset, D, STAGES,
         )),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -94,15 +94,27 @@ def _hand_on(
 
 
 @gluon.jit
+def _claim(counter_ptr, columns, by_row):
+    """The next item: by column, then by row, from `columns` on; with `by_row` only the latter."""
+    item = columns
+    if by_row == 0:
+        item = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    if item >= columns:
+        item = columns + gl.atomic_add(counter_ptr + 2, 1, sem="relaxed")
+    return item
+
+
+@gluon.jit
 def produce(
     q_desc, k_desc, v_desc, dout_desc, terms_desc, ds_desc, shared, counter_ptr, head_map_ptr,
     column_rows_ptr, column_columns_ptr, row_rows_ptr, row_columns_ptr, places_ptr, heads, group,
     column_groups, first_column, column_samples, bundle, row_groups, stride_rows, first_group,
-    first_row, row_samples, stride_map, column_slot, row_slot, places, units, row_offset,
-    D: gl.constexpr, STAGES: gl.constexpr,
+    first_row, row_samples, row_programs, stride_map, column_slot, row_slot, places, units,
+    row_offset, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: items by column first, of those the longest of all heads, since one that
-    starts last would run alone, then bundles of key heads; then items by row.
+    starts last would run alone, then bundles of key heads; then items by row, which the first
+    `row_programs` programs begin with.
     """
     (
         q_s, dout_s, k_s, v_s, terms_s, ds_s, items, ready, read, q_full, q_free, dout_full,
@@ -118,7 +130,8 @@ def produce(
     long = (column_groups + 7) // 8
     columns = column_groups * column_samples
     total = columns + row_groups * row_samples
-    item = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    by_row = (gl.program_id(0) < row_programs).to(gl.int32)
+    item = _claim(counter_ptr, columns, by_row)
     while item < total:
         if item < columns:
             if item < long * column_samples:
@@ -190,8 +203,9 @@ def produce(
                 tiles, row_turn, batch, head // group, place, D,
             )  # fmt: skip
             row_turn += tiles
-        item = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+            by_row = 1
+        item = _claim(counter_ptr, columns, by_row)
     wait_free(read, turn, 2)
     items.index(turn % 2).store(gl.full([32], -1, gl.int32, W))
     mbarrier.arrive(ready.index(turn % 2), count=1)
-    finish(counter_ptr)
+    finish(counter_ptr, True)

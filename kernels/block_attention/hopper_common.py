@@ -6,7 +6,7 @@ consumer warpgroups, which multiply.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,6 +22,7 @@ from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_attention.triton_common import kept_scale
 from sparse_layouts.kernels.block_attention.unit_schedule import UnitSchedule
 from sparse_layouts.kernels.hopper_common import wait_full, work_counter
+from sparse_layouts.kernels.launching import PackedLaunch
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -299,6 +300,35 @@ def bundle_size(samples: int, bytes_each: int, budget: int) -> int:
     """
     bundles = max(1, round(samples * bytes_each / budget))
     return max(1, -(-samples // bundles))
+
+
+class PassLaunch(NamedTuple):
+    """A launch of a pass: how many programs, the arguments by name, constants and options."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        """Launches through Triton, on the current device."""
+        self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+    def pack(self, *moving: str) -> PackedLaunch:
+        """What launches it again; of the pointers those named have other addresses then."""
+        return PackedLaunch(self.kernel, self.arguments, self.options, moving)
+
+
+def terms_strides(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> dict[str, int]:
+    """Strides of what a kernel of row terms reads, by the names of its parameters."""
+    found: dict[str, int] = {}
+    for letter, t in (("o", out), ("g", dout)):
+        names = [f"stride_{letter}{axis}" for axis in "bhmd"]
+        found |= dict(zip(names, t.stride(), strict=True))
+    for letter, row in (("l", lse), ("d", dlse)):
+        names = [f"stride_{letter}{axis}" for axis in "bhm"]
+        found |= dict(zip(names, (0, 0, 0) if row is None else row.stride(), strict=True))
+    return found
 
 
 def sequence_table(

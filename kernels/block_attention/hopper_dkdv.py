@@ -10,7 +10,11 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern, transpose_pattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.heads import shared_lists
-from sparse_layouts.kernels.block_attention.hopper_common import bundle_size, pass_arguments
+from sparse_layouts.kernels.block_attention.hopper_common import (
+    PassLaunch,
+    bundle_size,
+    pass_arguments,
+)
 from sparse_layouts.kernels.block_attention.hopper_dkdv_kernel import hopper_attention_dkdv
 from sparse_layouts.kernels.block_attention.hopper_dkdv_load import NUM_UNITS
 from sparse_layouts.kernels.block_attention.sequences import Sequences
@@ -43,7 +47,7 @@ MOST_HEAD_DIM = 128
 ITEM_KEYS = NUM_UNITS.value * UNIT
 
 
-def gradient_of_keys(
+def keys_pass(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -59,12 +63,13 @@ def gradient_of_keys(
     seed: Tensor | None,
     sequences: Sequences | None,
     table: Tensor | None,
-) -> None:
-    """Writes `dk` and `dv`, with sequences only rows that belong to one; head sizes up to 128.
+) -> PassLaunch:
+    """The launch that writes `dk` and `dv`, with sequences only rows that belong to one; head sizes
+    up to 128.
 
-    `terms` is what `hopper_two_passes.row_terms` makes, `table` that of the sequences, for items of
-    ITEM_KEYS; the pattern stores something, and the copy engine can read the other operands and
-    write the results.
+    `terms` is what `hopper_two_passes.attention_terms` writes, `table` that of the sequences, for
+    items of ITEM_KEYS; the pattern stores something, and the copy engine can read the other
+    operands and write the results.
     """
     (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
     (m, _), (bm, bn) = pattern.shape, pattern.block_size
@@ -101,7 +106,8 @@ def gradient_of_keys(
     }
     options = {"BM": bm, "BN": bn, "PIECE": piece, "D": d, "STAGES": STAGES[d]}
     options |= {"num_warps": 4, "maxnreg": MAX_REGISTERS}
-    hopper_attention_dkdv[(min(multiprocessors(q.device), items),)](**arguments, **options)
+    programs = min(multiprocessors(q.device), items)
+    return PassLaunch(hopper_attention_dkdv, programs, arguments, options)
 
 
 def compilations() -> Iterator[Compilation]:

@@ -91,6 +91,10 @@ def _consume(
     SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     OL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     PL: gl.constexpr = gl.DotOperandLayout(0, OL, 2)
+    KL: gl.constexpr = gl.DotOperandLayout(0, SL, 2)
+    # whether keys and values are held in registers: products that read both operands from shared
+    # memory are bound by it
+    HELD: gl.constexpr = D == 64
     ROWS: gl.constexpr = gl.SliceLayout(1, SL)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SL)
     SUB: gl.constexpr = 64 // BN if BN < 64 else 1
@@ -108,6 +112,9 @@ def _consume(
     kv_turn = 0
     dk = gl.zeros([64, D], gl.float32, OL)
     dv = gl.zeros([64, D], gl.float32, OL)
+    if HELD:
+        k = gl.zeros([64, D], dtype, KL)
+        v = gl.zeros([64, D], dtype, KL)
     wait_full(ready, 0, 2)
     item = field(items, 0, ITEM)
     while item >= 0:
@@ -122,13 +129,20 @@ def _consume(
         opens = field(items, own, OPENS) != 0
         pass_over(q_full, q_free, dout_full, dout_free, tile_turn, tile_turn + begin, STAGES)
         wait_full(kv_full, kv_turn, 2)
+        buffer = (kv_turn % 2) * NUM_UNITS + u
         if opens:
             dk = gl.zeros([64, D], gl.float32, OL)
             dv = gl.zeros([64, D], gl.float32, OL)
+            if HELD:
+                k = k_s.index(buffer).reshape([64, D]).load(KL)
+                v = v_s.index(buffer).reshape([64, D]).load(KL)
+                fence_async_shared()
+        if not HELD:
+            k = k_s.index(buffer).reshape([64, D])
         # without a tile, which a sequence may leave, a product of anything, for nothing
         wait_full(q_full, tile_turn + begin, STAGES, begin < end)
         s = warpgroup_mma(
-            k_s.index((kv_turn % 2) * NUM_UNITS + u).reshape([64, D]),
+            k,
             q_s.index((tile_turn + begin) % STAGES).reshape([64, D]).permute((1, 0)),
             zero, use_acc=False,
         )  # fmt: skip
@@ -138,12 +152,13 @@ def _consume(
         for j in range(begin, end):
             t = tile_turn + j
             stage = t % STAGES
-            # read anew: kept over the loop, the descriptors of both operands would spill
-            buffer = field(items, own, BUFFER) * NUM_UNITS + u
             q = q_s.index(stage).reshape([64, D])
             dout = dout_s.index(stage).reshape([64, D])
-            k = k_s.index(buffer).reshape([64, D])
-            v = v_s.index(buffer).reshape([64, D])
+            if not HELD:
+                # read anew: kept over the loop, the descriptors of both operands would spill
+                buffer = field(items, own, BUFFER) * NUM_UNITS + u
+                k = k_s.index(buffer).reshape([64, D])
+                v = v_s.index(buffer).reshape([64, D])
             tile = first + j
             if sequences_ptr is not None:
                 tile = field(facts_s, stage, TILE)

@@ -11,7 +11,11 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern, transpose_pattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.heads import shared_lists
-from sparse_layouts.kernels.block_attention.hopper_common import bundle_size, pass_arguments
+from sparse_layouts.kernels.block_attention.hopper_common import (
+    PassLaunch,
+    bundle_size,
+    pass_arguments,
+)
 from sparse_layouts.kernels.block_attention.hopper_dkdv_wide_kernel import (
     hopper_attention_wide_columns,
 )
@@ -47,7 +51,7 @@ ITEM_KEYS = UNIT
 L2_BYTES = 32_000_000
 
 
-def gradient_of_keys(
+def keys_pass(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -63,8 +67,9 @@ def gradient_of_keys(
     seed: Tensor | None,
     sequences: Sequences | None,
     table: Tensor | None,
-) -> None:
-    """Writes dk and dv, of operands whose head sizes are at most 256, in bf16 or fp16.
+) -> PassLaunch:
+    """The launch that writes dk and dv, of operands whose head sizes are at most 256, in bf16 or
+    fp16.
 
     `terms` (B, H, Nq, 2) fp32, contiguous: of every query lse in base 2 (+inf: no entries) and
     rowsum(dout * out) - dlse. The operands are such that TMA can read them, and none is empty. With
@@ -103,7 +108,8 @@ def gradient_of_keys(
         "samples": samples,
     }
     options = _constants(bm, bn) | {"num_warps": 4, "maxnreg": TUNING.max_registers}
-    hopper_attention_wide_columns[(min(multiprocessors(q.device), items),)](**arguments, **options)
+    programs = min(multiprocessors(q.device), items)
+    return PassLaunch(hopper_attention_wide_columns, programs, arguments, options)
 
 
 def _constants(bm: int, bn: int) -> dict[str, int]:

@@ -11,7 +11,11 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.heads import shared_lists
-from sparse_layouts.kernels.block_attention.hopper_common import bundle_size, pass_arguments
+from sparse_layouts.kernels.block_attention.hopper_common import (
+    PassLaunch,
+    bundle_size,
+    pass_arguments,
+)
 from sparse_layouts.kernels.block_attention.hopper_dq_kernel import hopper_attention_dq
 from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_attention.triton_common import (
@@ -58,7 +62,7 @@ TUNINGS = {
 L2_BYTES = 32_000_000
 
 
-def gradient_of_queries(
+def queries_pass(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -73,8 +77,9 @@ def gradient_of_queries(
     seed: Tensor | None,
     sequences: Sequences | None,
     table: Tensor | None,
-) -> None:
-    """Writes `dq`, in bf16 or fp16; where there are sequences, only the rows that belong to one.
+) -> PassLaunch:
+    """The launch that writes `dq`, in bf16 or fp16; where there are sequences, only the rows that
+    belong to one.
 
     `terms` (B, H, Nq, 2) fp32, contiguous: of every query the logsumexp in base 2, +inf for a row
     without entries, and rowsum(dout * out) less the gradient of the logsumexp. The pattern stores a
@@ -125,7 +130,7 @@ def gradient_of_queries(
         "maxnreg": tuning.max_registers,
     }
     programs = min(multiprocessors(q.device) * tuning.programs, items)
-    hopper_attention_dq[(programs,)](**arguments, **options)
+    return PassLaunch(hopper_attention_dq, programs, arguments, options)
 
 
 def rows_of_an_item(head_dim: int, value_dim: int) -> int:

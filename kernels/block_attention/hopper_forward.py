@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.heads import shared_lists
 from sparse_layouts.kernels.block_attention.hopper_common import (
+    PassLaunch,
     bundle_size,
     pass_arguments,
     sequence_table,
@@ -31,7 +32,6 @@ from sparse_layouts.kernels.hopper_common import (
     rows_descriptor_type,
     work_counter,
 )
-from sparse_layouts.kernels.launching import PackedLaunch
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES
 
 
@@ -68,18 +68,6 @@ TUNINGS = {
 }
 # Keys and values of the heads that are worked on together; half of an H200's L2.
 L2_BYTES = 32_000_000
-
-
-class Launch(NamedTuple):
-    """A launch of the kernel: how many programs, the arguments by name, constants and options."""
-
-    programs: int
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-
-    def run(self) -> Any:
-        """Launches through Triton; returns the compiled kernel."""
-        return hopper_attention_forward[(self.programs,)](**self.arguments, **self.options)
 
 
 def block_attention(
@@ -132,12 +120,7 @@ class PreparedForward:
     ) -> None:
         launch = _launch(q, k, v, out, lse, pattern, head_map, scale, 0.0, None, None)
         self._programs, self._device = launch.programs, q.device
-        self._packed = PackedLaunch(
-            hopper_attention_forward,
-            launch.arguments,
-            launch.options,
-            ("out_ptr", "lse_ptr", "counter_ptr"),
-        )
+        self._packed = launch.pack("out_ptr", "lse_ptr", "counter_ptr")
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, stream: int
@@ -170,7 +153,7 @@ def _launch(
     dropout_p: float,
     seed: Tensor | None,
     sequences: Sequences | None,
-) -> Launch:
+) -> PassLaunch:
     (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
     m, (bm, bn) = pattern.shape[0], pattern.block_size
     d = max(64, padded_head_dim(max(head_dim, value_dim)))
@@ -221,7 +204,7 @@ def _launch(
         "maxnreg": tuning.max_registers,
     }
     most = multiprocessors(q.device) * tuning.programs
-    return Launch(min(most, items), arguments, options)
+    return PassLaunch(hopper_attention_forward, min(most, items), arguments, options)
 
 
 def _constants(tuning: Tuning, d: int, piece: int) -> dict[str, int]:

@@ -19,9 +19,14 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention import hopper_dkdv, hopper_dkdv_wide, hopper_dq
-from sparse_layouts.kernels.block_attention.hopper_common import sequence_table
+from sparse_layouts.kernels.block_attention.hopper_common import (
+    PassLaunch,
+    sequence_table,
+    terms_strides,
+)
 from sparse_layouts.kernels.block_attention.sequences import Sequences, padded_sequences
 from sparse_layouts.kernels.block_attention.triton_common import padded_head_dim, readied, signature
+from sparse_layouts.kernels.hopper_common import work_counter
 
 # rows that a program of `attention_terms` takes, by padded head size of v
 TERMS_ROWS = {128: 64, 64: 64, 256: 32, 32: 64, 16: 64}
@@ -100,22 +105,68 @@ def block_attention_backward(
         return dq, dk, dv, None
     if seed is None or dropout_p <= 0:
         dropout_p, seed = 0.0, None
-    dout = readied(dout)
-    terms = row_terms(out, dout, lse, dlse)
-    head_dim, value_dim = q.shape[-1], v.shape[-1]
-    wide = max(head_dim, value_dim) > hopper_dkdv.MOST_HEAD_DIM
-    columns = hopper_dkdv_wide if wide else hopper_dkdv
-    options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "seed": seed}
+    dout, terms = readied(dout), _terms(out)
     with torch.cuda.device_of(q):
-        table = None
-        if sequences is not None:  # one for both passes
-            rows = hopper_dq.rows_of_an_item(head_dim, value_dim)
-            sizes = (q.shape[2], k.shape[2], pattern, rows, q.device)
-            table = sequence_table(sequences, *sizes, keys=columns.ITEM_KEYS)
-        options |= {"sequences": sequences, "table": table}
-        columns.gradient_of_keys(dout, q, k, v, terms, dk, dv, pattern, head_map, **options)
-        hopper_dq.gradient_of_queries(dout, q, k, v, terms, dq, pattern, head_map, **options)
+        operands = (dout, dlse, q, k, v, out, lse, terms, dq, dk, dv, pattern, head_map)
+        for launch in _launches(*operands, scale, dropout_p, seed, sequences):
+            launch.run()
     return dq, dk, dv, None
+
+
+class PreparedBackward:
+    """Backward passes on operands like these, without dropout, sequences and a gradient of lse: all
+    but addresses is settled.
+    """
+
+    def __init__(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        pattern: BlockPattern,
+        head_map: Tensor,
+        scale: float,
+    ) -> None:
+        sequences = without_missing_rows(q, k, pattern, None)
+        self._partly, self._device = sequences is not None, q.device
+        gradients = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+        operands = (dout, None, q, k, v, out, lse, _terms(out), *gradients, pattern, head_map)
+        terms, columns, rows = _launches(*operands, scale, 0.0, None, sequences)
+        self._programs = (terms.programs, columns.programs, rows.programs)
+        self._terms = terms.pack("out_ptr", "dout_ptr", "lse_ptr", "terms_ptr")
+        self._columns = columns.pack("dk_ptr", "dv_ptr", "terms_ptr", "counter_ptr")
+        self._rows = rows.pack("dq_ptr", "terms_ptr", "counter_ptr")
+
+    def __call__(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, stream: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(dq, dk, dv)`; `dout` has out's strides."""
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        if self._partly:
+            for gradient in (dq, dk, dv):
+                gradient.zero_()
+        terms = _terms(out)
+        at = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse, "terms": terms}
+        at |= {"dq": dq, "dk": dk, "dv": dv, "counter": work_counter(self._device, stream)}
+        addresses = {name: tensor.data_ptr() for name, tensor in at.items()}
+        described = (("q", "k", "v", "dout", "dk", "dv"), ("q", "k", "v", "dout", "dq"))
+        pointed = (("dk", "dv", "terms", "counter"), ("dq", "terms", "counter"))
+        steps = (
+            (self._terms, (), ("out", "dout", "lse", "terms")),
+            (self._columns, described[0], pointed[0]),
+            (self._rows, described[1], pointed[1]),
+        )
+        for (packed, by_map, by_pointer), programs in zip(steps, self._programs, strict=True):
+            with packed.lock:
+                for name in by_map:
+                    packed.describe(f"{name}_desc", addresses[name])
+                for name in by_pointer:
+                    packed.point(f"{name}_ptr", addresses[name])
+                packed.launch(programs, stream)
+        return dq, dk, dv
 
 
 def without_missing_rows(
@@ -130,33 +181,61 @@ def without_missing_rows(
     return sequences
 
 
-def row_terms(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
-    """What both passes need of every row of q: lse in base 2 and delta, fp32 (B, H, Nq, 2)."""
+def _terms(out: Tensor) -> Tensor:
+    """Room for what both passes need of every row of q: lse in base 2 and delta (B, H, Nq, 2)."""
+    return torch.empty(*out.shape[:-1], 2, device=out.device, dtype=torch.float32)
+
+
+def _launches(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    terms: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    pattern: BlockPattern,
+    head_map: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    sequences: Sequences | None,
+) -> tuple[PassLaunch, PassLaunch, PassLaunch]:
+    """Of the terms, by column, by row."""
+    head_dim, value_dim = q.shape[-1], v.shape[-1]
+    wide = max(head_dim, value_dim) > hopper_dkdv.MOST_HEAD_DIM
+    columns = hopper_dkdv_wide if wide else hopper_dkdv
+    table = None
+    if sequences is not None:  # one for both passes
+        rows = hopper_dq.rows_of_an_item(head_dim, value_dim)
+        sizes = (q.shape[2], k.shape[2], pattern, rows, q.device)
+        table = sequence_table(sequences, *sizes, keys=columns.ITEM_KEYS)
+    options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "seed": seed}
+    options |= {"sequences": sequences, "table": table}
+    return (
+        _terms_pass(out, dout, lse, dlse, terms),
+        columns.keys_pass(dout, q, k, v, terms, dk, dv, pattern, head_map, **options),
+        hopper_dq.queries_pass(dout, q, k, v, terms, dq, pattern, head_map, **options),
+    )
+
+
+def _terms_pass(
+    out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, terms: Tensor
+) -> PassLaunch:
     batch, heads, nq, value_dim = out.shape
-    terms = torch.empty(batch, heads, nq, 2, device=out.device, dtype=torch.float32)
     width = padded_head_dim(value_dim)
     rows = TERMS_ROWS[width]
     blocks = -(-nq // rows)
-    with torch.cuda.device_of(out):
-        attention_terms[(batch * heads * blocks,)](
-            out,
-            dout,
-            lse,
-            dlse,
-            terms,
-            *out.stride(),
-            *dout.stride(),
-            *lse.stride(),
-            *((0, 0, 0) if dlse is None else dlse.stride()),
-            heads,
-            nq,
-            blocks,
-            value_dim,
-            ROWS=rows,
-            DV=width,
-            num_warps=4,
-        )
-    return terms
+    arguments: dict[str, Any] = {"out_ptr": out, "dout_ptr": dout, "lse_ptr": lse}
+    arguments |= {"dlse_ptr": dlse, "terms_ptr": terms}
+    arguments |= terms_strides(out, dout, lse, dlse)
+    arguments |= {"heads": heads, "num_queries": nq, "row_blocks": blocks, "value_dim": value_dim}
+    options = {"ROWS": rows, "DV": width, "num_warps": 4}
+    return PassLaunch(attention_terms, batch * heads * blocks, arguments, options)
 
 
 def compilations() -> Iterator[Compilation]:

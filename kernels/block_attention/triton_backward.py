@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +14,7 @@ from sparse_layouts.block_pattern import BlockPattern, transpose_pattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.reference import dropout_threshold
 from sparse_layouts.kernels.block_attention.sequences import Sequences
-from sparse_layouts.kernels.block_attention.tile_schedule import tile_schedule
+from sparse_layouts.kernels.block_attention.tile_schedule import tile_fill, tile_schedule
 from sparse_layouts.kernels.block_attention.triton_backward_columns import (
     COLUMN_TILES,
     attention_backward_columns,
@@ -103,12 +104,14 @@ def block_attention_backward(
     """
     head_dim, (bm, bn) = max(q.shape[-1], v.shape[-1]), pattern.block_size
     size, shared_kb = q.element_size(), shared_memory_kb(q.device)
+    by_column = functools.partial(tile_fill, transpose_pattern(pattern))
+    by_row = functools.partial(tile_fill, pattern)
     with torch.cuda.device_of(q):
         return launch_backward(
             dout, dlse, q, k, v, out, lse, pattern, head_map, scale, dropout_p, seed, bias,
             bias_base, dbias_base, dbias_blocks,
-            choose(COLUMN_TILES, size, head_dim, bn, shared_kb),
-            choose(ROW_TILES, size, head_dim, bm, shared_kb),
+            choose(COLUMN_TILES, size, head_dim, bn, shared_kb, by_column),
+            choose(ROW_TILES, size, head_dim, bm, shared_kb, by_row),
             sequences,
         )  # fmt: skip
 

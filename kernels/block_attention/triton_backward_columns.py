@@ -11,6 +11,7 @@ from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.triton_common import (
     ANY,
     LENGTHS,
+    TileRow,
     Tiles,
     backward_compilations,
     dropout_keep,
@@ -233,22 +234,24 @@ def attention_backward_columns(
     tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=mask_v)
 
 
-# (bytes of an element, largest head size, largest block, KB of shared memory): tile; see `choose`.
-# Measured on an H200, 2026-11-20, on local-stride masks: bf16 at N 8192, D 128, blocks of 64 and
-# 128, and at N 4096, D 64, 128 and 256, blocks of 16, 32 and 64; fp32 at N 4096, D 128 and 256,
-# block 64. The entries for less shared memory are not measured.
-# For dk and dv `columns` keys stay and `rows` queries stream. Neighbouring small blocks are unlike:
-# their columns want narrow tiles.
+# Measured as `FORWARD_TILES` are. For dk and dv `columns` keys stay and `rows` queries stream.
+# Columns of small blocks are more often unlike than rows: a local-stride mask's are.
 COLUMN_TILES = [
-    (2, 64, 16, 99, Tiles(32, 16, 1, 2)),
-    (2, 64, 32, 99, Tiles(32, 32, 2, 2)),
-    (2, 128, 16, 99, Tiles(32, 16, 2, 2)),
-    (2, 128, ANY, 99, Tiles(64, 64, 4, 2)),
-    (2, 256, ANY, 227, Tiles(64, 64, 8, 2)),
-    (2, 256, ANY, 163, Tiles(32, 64, 8, 2)),
-    (2, 256, ANY, 99, Tiles(32, 32, 4, 1)),
-    (4, 128, ANY, 99, Tiles(64, 32, 8, 1)),
-    (4, 256, ANY, 99, Tiles(32, 16, 4, 1)),
+    TileRow(2, 64, 16, 99, 0.5, Tiles(64, 16, 4, 2)),
+    TileRow(2, 64, 16, 99, 1, Tiles(64, 64, 4, 2)),
+    TileRow(2, 64, 32, 99, 1, Tiles(32, 32, 2, 2)),
+    TileRow(2, 128, 16, 99, 0.5, Tiles(64, 16, 4, 2)),
+    TileRow(2, 128, 32, 99, 1, Tiles(32, 64, 4, 2)),
+    TileRow(2, 128, ANY, 99, 1, Tiles(64, 64, 4, 2)),
+    TileRow(2, 256, 16, 163, 0.5, Tiles(64, 16, 4, 2)),
+    TileRow(2, 256, ANY, 227, 1, Tiles(64, 64, 8, 2)),
+    TileRow(2, 256, ANY, 163, 1, Tiles(32, 64, 8, 2)),
+    TileRow(2, 256, ANY, 99, 1, Tiles(32, 32, 4, 1)),
+    TileRow(4, 64, 32, 99, 1, Tiles(64, 16, 4, 1)),
+    TileRow(4, 64, ANY, 99, 1, Tiles(64, 32, 4, 1)),
+    TileRow(4, 128, 32, 99, 1, Tiles(32, 16, 4, 1)),
+    TileRow(4, 128, ANY, 99, 1, Tiles(64, 32, 8, 1)),
+    TileRow(4, 256, ANY, 99, 1, Tiles(32, 16, 4, 1)),
 ]
 
 

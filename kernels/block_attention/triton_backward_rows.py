@@ -11,6 +11,7 @@ from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.triton_common import (
     ANY,
     LENGTHS,
+    TileRow,
     Tiles,
     backward_compilations,
     dropout_keep,
@@ -202,20 +203,17 @@ def attention_backward_rows(
     tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_q)
 
 
-# (bytes of an element, largest head size, largest block, KB of shared memory): tile; see `choose`.
-# Measured on an H200, 2026-11-20, on local-stride masks: bf16 at N 8192, D 128, blocks of 64 and
-# 128, and at N 4096, D 64, 128 and 256, blocks of 16, 32 and 64; fp32 at N 4096, D 128 and 256,
-# block 64. The entries for less shared memory are not measured.
-# For dq `rows` queries stay and `columns` keys stream.
+# Measured as `FORWARD_TILES` are. For dq `rows` queries stay and `columns` keys stream.
 ROW_TILES = [
-    (2, 128, 32, 99, Tiles(64, 32, 4, 3)),
-    (2, 128, ANY, 99, Tiles(64, 64, 4, 2)),
-    (2, 256, ANY, 227, Tiles(128, 32, 8, 2)),
-    (2, 256, ANY, 163, Tiles(64, 32, 4, 2)),
-    (2, 256, ANY, 99, Tiles(32, 32, 4, 1)),
-    (4, 128, ANY, 227, Tiles(64, 64, 8, 1)),
-    (4, 128, ANY, 99, Tiles(32, 32, 4, 1)),
-    (4, 256, ANY, 99, Tiles(16, 32, 4, 1)),
+    TileRow(2, 64, 16, 99, 0.5, Tiles(16, 64, 2, 2)),
+    TileRow(2, 128, 16, 99, 0.5, Tiles(16, 32, 2, 3)),
+    TileRow(2, 128, 32, 99, 1, Tiles(64, 32, 4, 3)),
+    TileRow(2, 128, ANY, 99, 1, Tiles(64, 64, 4, 2)),
+    TileRow(2, 256, 16, 99, 0.5, Tiles(16, 32, 2, 2)),
+    TileRow(2, 256, ANY, 163, 1, Tiles(64, 32, 4, 2)),
+    TileRow(2, 256, ANY, 99, 1, Tiles(32, 32, 4, 1)),
+    TileRow(4, 128, ANY, 99, 1, Tiles(16, 32, 2, 1)),
+    TileRow(4, 256, ANY, 99, 1, Tiles(16, 32, 4, 1)),
 ]
 
 

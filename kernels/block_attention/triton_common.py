@@ -145,21 +145,34 @@ def kept_scale(dropout_p: float) -> float:
 ANY = 1 << 30
 
 
+class TileRow(NamedTuple):
+    """A row of a table of tiles: what it is for, at most (KB of shared memory: at least), and the
+    tile.
+
+    `fill` is the class of the pattern, see :func:`~.tile_schedule.tile_fill`: 1 is any.
+    """
+
+    element_bytes: int
+    head_dim: int
+    block: int
+    shared_kb: int
+    fill: float
+    tiles: Tiles
+
+
 def choose(
-    table: list[tuple[int, int, int, int, Tiles]],
+    table: list[TileRow],
     element_bytes: int,
     head_dim: int,
     block: int,
     shared_kb: int,
+    fill: Callable[[], float],
 ) -> Tiles:
-    """The first tile that fits of (element bytes, largest head size, largest block, KB, tile).
-
-    KB is the shared memory that a block of threads needs to be allowed.
-    """
-    for entry_bytes, entry_dim, entry_block, entry_kb, tiles in table:
-        fits = head_dim <= entry_dim and block <= entry_block and entry_kb <= shared_kb
-        if fits and entry_bytes == element_bytes:
-            return tiles
+    """The first tile of a table that fits. `fill` is called only where the table asks for it."""
+    for row in table:
+        fits = head_dim <= row.head_dim and block <= row.block and row.shared_kb <= shared_kb
+        if fits and row.element_bytes == element_bytes and (row.fill >= 1 or fill() <= row.fill):
+            return row.tiles
     raise NotImplementedError(
         f"no tile for {element_bytes}-byte elements, head size {head_dim}, "
         f"{shared_kb} KB of shared memory"
@@ -281,6 +294,7 @@ class Variant(NamedTuple):
     dropout: bool = False
     sequences: str = ""  # "packed" or "padded"
     shared_kb: int = 163
+    fill: float = 1.0  # see `TileRow`
 
     @property
     def min_capability(self) -> int:
@@ -297,10 +311,17 @@ class Variant(NamedTuple):
         """As `block64-d128-bf16-tma`."""
         on = [w for w in ("tma", "tiles", "counts", "bias", "dropout") if getattr(self, w)]
         on += [self.sequences] if self.sequences else []
+        on += ["unlike"] if self.fill < 1 else []
         kind = TYPE_NAMES[self.dtype]
         return "-".join(
             [f"block{self.block}", f"d{self.head_dim}", kind, *on, f"{self.shared_kb}kb"]
         )
+
+    def tiles_of(self, table: list[TileRow]) -> Tiles:
+        """What the table has for this case."""
+        d = padded_head_dim(self.head_dim)
+        size = self.dtype.itemsize
+        return choose(table, size, d, self.block, self.shared_kb, lambda: self.fill)
 
     def absent(self) -> dict[str, None]:
         """The arguments that this case passes None for."""
@@ -336,6 +357,9 @@ def variants() -> Iterator[Variant]:
         for head_dim in (128, 256):
             yield Variant(block, head_dim, fp32)
             yield Variant(block, head_dim, fp32, shared_kb=227)
+    for head_dim in (64, 128, 256):
+        yield Variant(16, head_dim, bf16, fill=0.3)
+    yield Variant(16, 64, fp16, counts=True, bias=True, dropout=True, fill=0.3)
     yield Variant(64, 32, bf16)
     yield Variant(64, 80, bf16, tma=True)
     yield Variant(64, 80, fp16)
@@ -357,7 +381,7 @@ def variants() -> Iterator[Variant]:
 
 def backward_compilations(
     kernel: Any,
-    table: list[tuple[int, int, int, int, Tiles]],
+    table: list[TileRow],
     streamed: tuple[str, str],
     streamed_length: Callable[[Tiles], int],
 ) -> Iterator[Compilation]:
@@ -367,7 +391,7 @@ def backward_compilations(
     """
     for case in variants():
         d, kind = padded_head_dim(case.head_dim), TYPE_NAMES[case.dtype]
-        tiles = choose(table, case.dtype.itemsize, d, case.block, case.shared_kb)
+        tiles = case.tiles_of(table)
         length = streamed_length(tiles)
         if case.tma and case.block < length:
             continue

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparse_layouts as sl
 from sparse_layouts.dispatch.kernel_table import KERNELS
-from sparse_layouts.kernels.block_attention import reference
+from sparse_layouts.kernels.block_attention import hopper_two_passes, reference
 from tests.kernels.test_public_calls import host_syncs_raise
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -85,6 +85,29 @@ def test_recalled_gradients_are_the_same_bits(call: Callable[..., Tensor], devic
         pairs = zip(gradients(out, dout, leaves), gradients(expected, dout, leaves), strict=True)
         assert all(torch.equal(mine, its) for mine, its in pairs)
         assert out.stride() == expected.stride()
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    ("block", "head_dim", "queries"),
+    [(16, 64, 512), (32, 128, 512), (64, 192, 512), (64, 256, 512), (16, 64, 200), (64, 256, 200)],
+)
+def test_recalled_gradients_of_two_passes(
+    block: int, head_dim: int, queries: int, device: str
+) -> None:
+    mask = sl.sliding_window(512, block_size=block, window=150, device=device)
+    for _ in range(3):
+        leaves = [
+            torch.randn(2, 4, n, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+            for n in (queries, 512, 512)
+        ]
+        out, expected = sl.attention(*leaves, mask), usual(sl.attention, *leaves, mask)
+        dout = torch.randn_like(out)
+        mine, its = gradients(out, dout, leaves), gradients(expected, dout, leaves)
+        assert torch.equal(out, expected)
+        assert all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
+    (settled,) = (mask._recalled or {}).values()
+    assert isinstance(settled.backward, hopper_two_passes.PreparedBackward)
 
 
 @on_hopper

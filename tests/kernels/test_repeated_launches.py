@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparse_layouts as sl
+from sparse_layouts.kernels.block_attention import hopper_backward
 
 pytestmark = pytest.mark.gpu
 DTYPE = torch.bfloat16
@@ -122,6 +123,29 @@ def test_attention(block: int, head_dim: int) -> None:
         return (out.detach(), *torch.autograd.grad(out, leaves, dout))
 
     assert_all_equal(call, 20)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("block", [64, 128])
+def test_attention_with_shares_of_a_workspace(
+    block: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length = 4096
+    q, k, v, dout = torch.randn(4, 2, 8, length, head_dim, device="cuda", dtype=DTYPE).unbind()
+    leaves = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
+
+    def gradients(mask: sl.LocalStrideTensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(sl.attention(q, k, v, mask), leaves, dout)
+
+    at_once = gradients(local_stride(length, block))
+    monkeypatch.setattr(hopper_backward, "WORKSPACE_BYTES", 50_000_000)
+    monkeypatch.setattr(hopper_backward, "WORK_BESIDE", 0.0)
+    mask = local_stride(length, block)
+    assert_all_equal(lambda: gradients(mask), 20)
+    (settled,) = (mask._recalled or {}).values()
+    assert len(settled.backward._plan.launches) > 3
+    for one, other in zip(gradients(mask), at_once, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_attention_over_sequences() -> None:
