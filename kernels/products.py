@@ -367,10 +367,11 @@ def sixteenths_fact(pattern: BlockPattern) -> int:
 
 
 # A result of so few tiles of 64 rows and 128 columns leaves most of a GPU idle, and a block row
-# that stores so many entries of a row of the matrix, in the mean, is worth cutting. By a sum, not
-# measured: 16 tiles keep 16 of an H200's 132 multiprocessors busy, and at the 3.4 TFLOP/s that one
-# reaches with blocks of 64 this is 54; cut rows reached 98 by 64 columns at a time (8192 x 8192, a
-# quarter stored), where reading the weights bounds them.
+# that stores so many entries of a row of the matrix, in the mean, is worth cutting. Blocks of 64, a
+# quarter stored, bf16, in graphs on an H200 (2026-11-27), cut and by tiles: 512 x 16384 times 256
+# columns 21 and 26 us, 1024 x 8192 times 128 17 and 15, a tenth of 512 x 65536 times 256 24 and 36.
+# Four block rows and one took 41 and 95 us where tiles take 19 and 48: adding up 64 and 256 pieces
+# ruled there, which `row_cuts.balanced_pieces` has bounded since (not measured again).
 FEW_TILES = 16
 LONG_ROW = 1024
 

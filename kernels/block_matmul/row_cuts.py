@@ -7,6 +7,7 @@ them up in the order of the row, so that the same inputs give the same bits.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,13 @@ def cut_rows(pattern: BlockPattern, limit: int) -> Tensor:
         return torch.stack(fields, -1).int()
 
     return derived(pattern, ("row_cuts", limit), build)
+
+
+def balanced_pieces(blocks: int, rows: int) -> int:
+    """Of a row of the mean length into how many pieces it is worth to cut it: as many as each has
+    blocks. With more, whoever adds the pieces up works longer than those that sum one.
+    """
+    return 1 + math.isqrt(max(0, blocks // max(1, rows) - 1))
 
 
 def most_items(pattern: BlockPattern, limit: int) -> int:

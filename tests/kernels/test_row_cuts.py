@@ -5,12 +5,14 @@ every launch leaves as it found them.
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
 import sparse_layouts as sl
 from sparse_layouts.block_pattern import BlockPattern
+from sparse_layouts.kernels.block_matmul import triton_few_columns
 from sparse_layouts.kernels.block_matmul.row_cuts import (
     GRAPHS,
     Counters,
@@ -146,3 +148,18 @@ def test_counters_of_captures_differ() -> None:
     with torch.cuda.graph(graph):
         captured = [row_counters(p, 8) for _ in range(GRAPHS + 2)]
     assert len({t.data_ptr() for t in (eager, *captured)}) == GRAPHS + 3
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 5, 64, 500])
+def test_long_rows_are_cut_into_no_more_pieces_than_each_has_blocks(
+    blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as many as adding them up is worth, however many programs a GPU could run
+    monkeypatch.setattr(triton_few_columns, "processors", lambda device: 1000)
+    p = sl.bsr_mask(torch.ones(2, blocks, dtype=torch.bool), 64).block_pattern
+    x = torch.empty(64 * blocks, 64, dtype=torch.bfloat16)
+    config = triton_few_columns.CONFIGS_16_BIT[64, 64]
+    limit = triton_few_columns._limit(p, 1, config, x)
+    (pieces,) = set(cut_rows(p, limit)[:2, 4].tolist())
+    assert pieces <= math.ceil(blocks / pieces) + 1
+    assert pieces >= math.isqrt(blocks) / 2
