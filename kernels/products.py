@@ -371,7 +371,7 @@ def sixteenths_fact(pattern: BlockPattern) -> int:
 # quarter stored, bf16, in graphs on an H200 (2026-11-27), cut and by tiles: 512 x 16384 times 256
 # columns 21 and 26 us, 1024 x 8192 times 128 17 and 15, a tenth of 512 x 65536 times 256 24 and 36.
 # Four block rows and one took 41 and 95 us where tiles take 19 and 48: adding up 64 and 256 pieces
-# ruled there, which `row_cuts.balanced_pieces` has bounded since (not measured again).
+# ruled there, which `row_cuts.cut_rows` has bounded since (not measured again).
 FEW_TILES = 16
 LONG_ROW = 1024
 

@@ -165,7 +165,8 @@ def hopper_attention_two_passes(facts: Facts) -> str | None:
     # instead of five. Local stride, H 16, N 8192, D 128, bf16, blocks of 64, one H200 (2026-11-26):
     # 0.55 ms, that one 0.51, Triton's 0.64. Triton's backward took 1.36 times as long as this at D
     # 192 and 256, 1.3 to 1.5 with blocks of 16 and 32 and over sequences, and 0.9 with random
-    # blocks of 16.
+    # blocks of 16; since its tiles for unlike rows (2026-11-27) likely 0.75 there, not measured in
+    # one run.
     return hopper_attention(facts)
 
 

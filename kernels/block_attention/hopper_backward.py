@@ -314,6 +314,7 @@ def _plan(
     units = -(-m // 64)
     programs = multiprocessors(q.device)
     share = workspace_share(schedules, group, key_heads, q.element_size(), programs)
+    share_by_row = ROW_PROGRAMS * (row_groups - first_group) / row_groups
     halves = min(2, -(-key_heads // share))
     shared = {
         "counter_ptr": work_counter(q.device, torch.cuda.current_stream(q.device).cuda_stream),
@@ -359,7 +360,7 @@ def _plan(
             "bundle": bundle_size(max(columns, 1), bytes_each, L2_BYTES),
             "first_row": max(0, number - 1) * share * group,
             "row_samples": rows,
-            "row_programs": int(ROW_PROGRAMS * launched) if columns and rows else 0,
+            "row_programs": int(share_by_row * launched) if columns and rows else 0,
             "column_slot": number % halves * share * group,
             "row_slot": (number - 1) % halves * share * group,
         }

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_layouts.block_pattern import BlockPattern
+from sparse_layouts.derived import derived
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention import hopper_dkdv, hopper_dkdv_wide, hopper_dq
 from sparse_layouts.kernels.block_attention.hopper_common import (
@@ -105,10 +106,11 @@ def block_attention_backward(
         return dq, dk, dv, None
     if seed is None or dropout_p <= 0:
         dropout_p, seed = 0.0, None
-    dout, terms = readied(dout), _terms(out)
+    dout, terms = readied(dout), terms_room(out)
     with torch.cuda.device_of(q):
         operands = (dout, dlse, q, k, v, out, lse, terms, dq, dk, dv, pattern, head_map)
-        for launch in _launches(*operands, scale, dropout_p, seed, sequences):
+        table = None if sequences is None else _table(q, k, v, pattern, sequences)
+        for launch in _launches(*operands, scale, dropout_p, seed, sequences, table):
             launch.run()
     return dq, dk, dv, None
 
@@ -131,10 +133,15 @@ class PreparedBackward:
         scale: float,
     ) -> None:
         sequences = without_missing_rows(q, k, pattern, None)
+        table = None
+        if sequences is not None:
+            # with the pattern, as its schedules are: a graph that captures the call reads it
+            key = ("table_of_samples", q.shape, k.shape, v.shape)
+            table = derived(pattern, key, lambda: _table(q, k, v, pattern, sequences))
         self._partly, self._device = sequences is not None, q.device
         gradients = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-        operands = (dout, None, q, k, v, out, lse, _terms(out), *gradients, pattern, head_map)
-        terms, columns, rows = _launches(*operands, scale, 0.0, None, sequences)
+        operands = (dout, None, q, k, v, out, lse, terms_room(out), *gradients, pattern, head_map)
+        terms, columns, rows = _launches(*operands, scale, 0.0, None, sequences, table)
         self._programs = (terms.programs, columns.programs, rows.programs)
         self._terms = terms.pack("out_ptr", "dout_ptr", "lse_ptr", "terms_ptr")
         self._columns = columns.pack("dk_ptr", "dv_ptr", "terms_ptr", "counter_ptr")
@@ -148,7 +155,7 @@ class PreparedBackward:
         if self._partly:
             for gradient in (dq, dk, dv):
                 gradient.zero_()
-        terms = _terms(out)
+        terms = terms_room(out)
         at = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse, "terms": terms}
         at |= {"dq": dq, "dk": dk, "dv": dv, "counter": work_counter(self._device, stream)}
         addresses = {name: tensor.data_ptr() for name, tensor in at.items()}
@@ -181,7 +188,7 @@ def without_missing_rows(
     return sequences
 
 
-def _terms(out: Tensor) -> Tensor:
+def terms_room(out: Tensor) -> Tensor:
     """Room for what both passes need of every row of q: lse in base 2 and delta (B, H, Nq, 2)."""
     return torch.empty(*out.shape[:-1], 2, device=out.device, dtype=torch.float32)
 
@@ -204,26 +211,33 @@ def _launches(
     dropout_p: float,
     seed: Tensor | None,
     sequences: Sequences | None,
+    table: Tensor | None,
 ) -> tuple[PassLaunch, PassLaunch, PassLaunch]:
-    """Of the terms, by column, by row."""
-    head_dim, value_dim = q.shape[-1], v.shape[-1]
-    wide = max(head_dim, value_dim) > hopper_dkdv.MOST_HEAD_DIM
-    columns = hopper_dkdv_wide if wide else hopper_dkdv
-    table = None
-    if sequences is not None:  # one for both passes
-        rows = hopper_dq.rows_of_an_item(head_dim, value_dim)
-        sizes = (q.shape[2], k.shape[2], pattern, rows, q.device)
-        table = sequence_table(sequences, *sizes, keys=columns.ITEM_KEYS)
+    """Of the terms, by column, by row. `table` is that of the sequences."""
+    columns = _columns(q, v)
     options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "seed": seed}
     options |= {"sequences": sequences, "table": table}
     return (
-        _terms_pass(out, dout, lse, dlse, terms),
+        terms_pass(out, dout, lse, dlse, terms),
         columns.keys_pass(dout, q, k, v, terms, dk, dv, pattern, head_map, **options),
         hopper_dq.queries_pass(dout, q, k, v, terms, dq, pattern, head_map, **options),
     )
 
 
-def _terms_pass(
+def _columns(q: Tensor, v: Tensor) -> Any:
+    """The module of the pass by column for these head sizes."""
+    wide = max(q.shape[-1], v.shape[-1]) > hopper_dkdv.MOST_HEAD_DIM
+    return hopper_dkdv_wide if wide else hopper_dkdv
+
+
+def _table(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, sequences: Sequences) -> Tensor:
+    """What both passes read of the sequences."""
+    rows = hopper_dq.rows_of_an_item(q.shape[-1], v.shape[-1])
+    sizes = (q.shape[2], k.shape[2], pattern, rows, q.device)
+    return sequence_table(sequences, *sizes, keys=_columns(q, v).ITEM_KEYS)
+
+
+def terms_pass(
     out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, terms: Tensor
 ) -> PassLaunch:
     batch, heads, nq, value_dim = out.shape

@@ -81,11 +81,14 @@ class Settled:
     ) -> tuple[Tensor, ...]:
         """`(dq, dk, dv)`, of an `out` that :attr:`forward` wrote."""
         strides = (q.stride(), k.stride(), v.stride(), dout.stride())
-        addresses = q.data_ptr() | k.data_ptr() | v.data_ptr() | dout.data_ptr() | out.data_ptr()
+        addresses = q.data_ptr() | k.data_ptr() | v.data_ptr() | dout.data_ptr()
+        addresses |= out.data_ptr() | lse.data_ptr()
         if (
             self.prepare_backward is not None
             and is_eager(dout)
-            and dout.dtype == q.dtype
+            and dout.dtype == out.dtype == q.dtype
+            and lse.dtype == torch.float32
+            and lse.is_contiguous()
             and strides == self.strides  # a hook for saved tensors may have laid them out anew
             and (q.shape, k.shape, v.shape) == self.shapes
             and q.dtype == k.dtype == v.dtype

@@ -69,8 +69,8 @@ def tile_fill(pattern: BlockPattern) -> float:
     """How alike neighbouring block rows are: of the blocks that tiles of 64 rows visit, the stored
     share. 1 where a block row is as high; with blocks of 16 1 / 4 where no two store a column.
 
-    Waits for the device, once a pattern. While a CUDA graph is captured, before which no call did,
-    it is taken for 1.
+    Waits for the device, once a pattern; where it cannot, while a CUDA graph is captured, a fill
+    that no earlier call asked for is taken for 1.
     """
     each = TILE_ROWS // pattern.block_size[0]
     if each <= 1 or pattern.num_blocks == 0:

@@ -377,6 +377,7 @@ def variants() -> Iterator[Variant]:
     yield Variant(16, 64, fp16, counts=True, bias=True, dropout=True, sequences="packed")
     for head_dim in (128, 256):
         yield Variant(64, head_dim, bf16, shared_kb=99)
+    yield Variant(64, 256, fp32, shared_kb=99)
 
 
 def backward_compilations(

@@ -6,6 +6,8 @@ programs have is in pieces, whose sums are added up in the order of the row.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,14 @@ STRETCH_FIELDS = 8  # int32, of which the last two are unused: a stretch is one 
 def steps_of(pattern: BlockPattern) -> int:
     """Steps of all blocks."""
     return pattern.num_blocks * (pattern.block_size[1] // STEP_COLUMNS)
+
+
+def most_programs(pattern: BlockPattern) -> int:
+    """How many are worth it: a row of the mean length is then in as many pieces as each has steps.
+    With more, adding the pieces up would take longer than summing one.
+    """
+    rows = max(1, pattern.num_patterns * pattern.grid[0])
+    return rows * (1 + math.isqrt(max(0, steps_of(pattern) // rows - 1)))
 
 
 def stretches(pattern: BlockPattern, programs: int) -> Tensor:

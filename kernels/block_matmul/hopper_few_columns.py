@@ -16,11 +16,12 @@ from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_matmul.even_cuts import (
     STRETCH_FIELDS,
     columns_of_all,
+    most_programs,
     steps_of,
     stretches,
 )
 from sparse_layouts.kernels.block_matmul.hopper_few_columns_kernel import hopper_few_columns
-from sparse_layouts.kernels.block_matmul.row_cuts import balanced_pieces, row_counters
+from sparse_layouts.kernels.block_matmul.row_cuts import row_counters
 from sparse_layouts.kernels.hopper_common import (
     broadcasts,
     multiprocessors,
@@ -104,9 +105,7 @@ def launch(
     # in the order of the list, without gaps
     is_one_run = p.row_slots is None and values.is_contiguous()
     values, x = (t.mT if is_t else t for t, is_t in ((values, values_t), (x, x_t)))
-    rows, steps = p.num_patterns * p.grid[0], steps_of(p)
-    worth = rows * balanced_pieces(steps, rows)
-    programs = max(1, min(multiprocessors(x.device) // batch, steps, worth))
+    programs = max(1, min(multiprocessors(x.device) // batch, steps_of(p), most_programs(p)))
     places = batch * 2 * programs if programs > 1 else 1  # one program cuts no row
     each, more = divmod(steps_of(p), programs)
 

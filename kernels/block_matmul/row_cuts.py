@@ -7,7 +7,6 @@ them up in the order of the row, so that the same inputs give the same bits.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -26,15 +25,17 @@ def cut_rows(pattern: BlockPattern, limit: int) -> Tensor:
     last, the row's first item, the row's number of pieces.
 
     A row of c blocks is cut into round(c / limit) pieces, at least 1: an item has up to 3/2 *
-    limit blocks. Made once for a pattern, without a host sync: the number of items is bounded, not
-    read, and the items too many name the block row after the last.
+    limit blocks. But no row is cut into more pieces than each then has blocks, about: adding them
+    up would take longer than summing one. Made once for a pattern, without a host sync: the number
+    of items is bounded, not read, and the items too many name the block row after the last.
     """
 
     def build() -> Tensor:
         p = pattern
         rows = p.num_patterns * p.grid[0]
         counts = p.crow_indices.diff(dim=-1).flatten().long()
-        pieces = ((counts + limit // 2) // limit).clamp(min=1)
+        worth = (counts - 1).clamp(min=0).double().sqrt().long() + 1
+        pieces = ((counts + limit // 2) // limit).clamp(min=1).minimum(worth)
         ends = pieces.cumsum(0)
         each = torch.arange(most_items(p, limit), device=p.device)
         row = torch.searchsorted(ends, each, right=True)
@@ -49,13 +50,6 @@ def cut_rows(pattern: BlockPattern, limit: int) -> Tensor:
         return torch.stack(fields, -1).int()
 
     return derived(pattern, ("row_cuts", limit), build)
-
-
-def balanced_pieces(blocks: int, rows: int) -> int:
-    """Of a row of the mean length into how many pieces it is worth to cut it: as many as each has
-    blocks. With more, whoever adds the pieces up works longer than those that sum one.
-    """
-    return 1 + math.isqrt(max(0, blocks // max(1, rows) - 1))
 
 
 def most_items(pattern: BlockPattern, limit: int) -> int:

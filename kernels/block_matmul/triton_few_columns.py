@@ -18,12 +18,7 @@ from torch import Tensor
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.kernels.activations import ACTIVATIONS, finish_nothing
 from sparse_layouts.kernels.ahead_of_time import Compilation
-from sparse_layouts.kernels.block_matmul.row_cuts import (
-    ITEM_FIELDS,
-    balanced_pieces,
-    cut_rows,
-    row_counters,
-)
+from sparse_layouts.kernels.block_matmul.row_cuts import ITEM_FIELDS, cut_rows, row_counters
 from sparse_layouts.kernels.launching import Launch
 from sparse_layouts.kernels.triton_common import (
     BLOCK_SIZES,
@@ -407,16 +402,13 @@ def prepared(
 
 
 def _limit(pattern: BlockPattern, copies: int, config: Config, x: Tensor) -> int:
-    """Blocks of an item, so that there are about as many programs as run at once, but no row is cut
-    into more pieces than are worth it; `copies` programs read every item.
+    """Blocks of an item, so that there are about as many programs as run at once; `copies`
+    programs read every item.
     """
     block_bytes = config.tile_m * pattern.block_size[1] * x.element_size()
     programs = processors(x.device) * config.programs
     enough = triton.cdiv(pattern.num_blocks * copies, programs)
-    rows = pattern.num_patterns * pattern.grid[0]
-    pieces = balanced_pieces(pattern.num_blocks, rows)
-    balanced = triton.cdiv(pattern.num_blocks, rows * pieces)
-    return max(1, enough, balanced, LEAST_ITEM_BYTES // block_bytes)
+    return max(1, enough, LEAST_ITEM_BYTES // block_bytes)
 
 
 @functools.cache

@@ -5,13 +5,20 @@ order of the row.
 from __future__ import annotations
 
 import itertools
+import math
 from typing import NamedTuple
 
 import pytest
 import torch
 
+import sparse_layouts as sl
 from sparse_layouts.block_pattern import BlockPattern
-from sparse_layouts.kernels.block_matmul.even_cuts import columns_of_all, steps_of, stretches
+from sparse_layouts.kernels.block_matmul.even_cuts import (
+    columns_of_all,
+    most_programs,
+    steps_of,
+    stretches,
+)
 from tests.kernels.cases import Stored, make_pattern, random_source
 
 PATTERNS = {
@@ -91,6 +98,16 @@ def test_rows_without_blocks_are_shared_out() -> None:
     programs = min(50, steps_of(p))
     most = max(sum(s.steps == 0 for s in own) for own in met(p, programs))
     assert most <= -(-400 // programs)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 200])
+@pytest.mark.parametrize("blocks", [1, 2, 5, 64])
+def test_rows_are_cut_into_no_more_pieces_than_each_has_steps(rows: int, blocks: int) -> None:
+    p = sl.bsr_mask(torch.ones(rows, blocks, dtype=torch.bool), 64).block_pattern
+    pieces, rest = divmod(most_programs(p), rows)
+    assert rest == 0
+    assert pieces <= math.ceil(blocks / pieces) + 1
+    assert pieces >= math.isqrt(blocks)
 
 
 def test_stretches_are_made_once() -> None:

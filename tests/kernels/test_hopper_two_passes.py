@@ -235,13 +235,14 @@ def test_a_table_of_sequences(count: int, packed: bool) -> None:
 @pytest.mark.parametrize("with_dlse", [False, True])
 @pytest.mark.parametrize("value_dim", [8, 72, 192])
 def test_terms(with_dlse: bool, value_dim: int) -> None:
-    from sparse_layouts.kernels.block_attention.hopper_two_passes import row_terms
+    from sparse_layouts.kernels.block_attention.hopper_two_passes import terms_pass, terms_room
 
     draw = torch.Generator().manual_seed(value_dim)
     out, dout = (torch.randn(2, 70, 3, value_dim, generator=draw).transpose(1, 2) for _ in "ab")
     lse, dlse = (torch.randn(2, 3, 70, generator=draw) for _ in "ab")
     lse[:, 1, 5:9] = -math.inf
-    terms = row_terms(out, dout, lse, dlse if with_dlse else None)
+    terms = terms_room(out)
+    terms_pass(out, dout, lse, dlse if with_dlse else None, terms).run()
     empty = lse.isneginf()
     delta = (out.double() * dout).sum(-1) - (dlse if with_dlse else 0)
     assert terms.shape == (2, 3, 70, 2)

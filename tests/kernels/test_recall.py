@@ -111,6 +111,32 @@ def test_recalled_gradients_of_two_passes(
 
 
 @on_hopper
+def test_a_captured_backward_outlives_what_the_mask_remembers(device: str) -> None:
+    mask = sl.sliding_window(512, block_size=16, window=150, device=device)
+    leaves = [
+        torch.randn(2, 4, n, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for n in (200, 512, 512)  # fewer queries than rows: a table of the samples is kept
+    ]
+    dout = torch.randn_like(leaves[0])
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            expected = gradients(sl.attention(*leaves, mask), dout, leaves)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients(sl.attention(*leaves, mask), dout, leaves)
+    mask._recalled = None
+    other = [torch.full((n,), -1, device=device, dtype=torch.int32) for n in (24, 64, 256)]
+    for gradient in found:
+        gradient.fill_(float("nan"))
+    graph.replay()
+    assert all(torch.equal(mine, its) for mine, its in zip(found, expected, strict=True))
+    del other
+
+
+@on_hopper
 def test_a_gradient_with_other_strides(device: str) -> None:
     mask, leaves = mask_on(device), operands(device, grad=True)
     sdpa(*leaves, mask)

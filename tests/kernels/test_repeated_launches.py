@@ -125,6 +125,10 @@ def test_attention(block: int, head_dim: int) -> None:
     assert_all_equal(call, 20)
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="shares of a workspace are the Hopper kernel's: compute capability 9.0",
+)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("block", [64, 128])
 def test_attention_with_shares_of_a_workspace(
@@ -143,7 +147,9 @@ def test_attention_with_shares_of_a_workspace(
     mask = local_stride(length, block)
     assert_all_equal(lambda: gradients(mask), 20)
     (settled,) = (mask._recalled or {}).values()
-    assert len(settled.backward._plan.launches) > 3
+    launches = settled.backward._plan.launches
+    assert len(launches) > 3
+    assert any(own["row_programs"] > 0 for _, own in launches)
     for one, other in zip(gradients(mask), at_once, strict=True):
         assert torch.equal(one, other)
 

@@ -10,19 +10,24 @@ from sparse_layouts.block_pattern import BlockPattern, transpose_pattern
 from sparse_layouts.kernels.block_attention.tile_schedule import TILE_ROWS, tile_fill
 from sparse_layouts.kernels.block_attention.triton_backward_columns import COLUMN_TILES
 from sparse_layouts.kernels.block_attention.triton_backward_rows import ROW_TILES
-from sparse_layouts.kernels.block_attention.triton_common import TileRow, choose, shared_memory_kb
+from sparse_layouts.kernels.block_attention.triton_common import (
+    TileRow,
+    choose,
+    shared_memory_kb,
+    variants,
+)
 from sparse_layouts.kernels.block_attention.triton_forward import FORWARD_TILES
 
 TABLES = [FORWARD_TILES, COLUMN_TILES, ROW_TILES]
 
 
-def random_mask(block: int, density: float = 0.1, blocks: int = 40) -> sl.BSRTensor:
+def random_mask(block: int, density: float = 0.1, blocks: int = 41) -> sl.BSRTensor:
     keep = torch.rand(2, blocks, blocks, generator=torch.Generator().manual_seed(0)) < density
     return sl.bsr_mask(keep, block)
 
 
 def alike(block: int) -> sl.BSRTensor:
-    return sl.sliding_window(1024, block_size=block, window=512)
+    return sl.sliding_window(1000, block_size=block, window=512)
 
 
 def by_hand(p: BlockPattern) -> float:
@@ -76,6 +81,12 @@ def test_where_no_row_asks_the_pattern_is_not_read(table: list[TileRow]) -> None
             for block in (16, 32, 64, 128) if size == 4 else (32, 64, 128):
                 for shared_kb in (99, 163, 227):
                     choose(table, size, head_dim, block, shared_kb, fill)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_tile_is_compiled_ahead_of_time(table: list[TileRow]) -> None:
+    compiled = {(case.dtype.itemsize, case.tiles_of(table)) for case in variants()}
+    assert {(row.element_bytes, row.tiles) for row in table} == compiled
 
 
 @pytest.mark.parametrize("table", TABLES)
