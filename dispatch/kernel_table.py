@@ -35,13 +35,15 @@ class Facts(NamedTuple):
     `torch.use_deterministic_algorithms` is set, told only by ops that have a kernel without that
     promise. Of attention: whether there is a `bias`, whether its operands are sequences of several
     `lengths`, and bytes of the scores that a key head stores (`head_bytes`; 0 if few, and off
-    Hopper). `tma`: whether Hopper's copy engine can read the operands, in products by blocks also
-    copies of them that pay, and write the result (False off Hopper). `partial`: whether a sampled
-    product's pattern has blocks that are stored in part, or that reach over the matrix's edge.
-    `sixteenths`: of a product's large block matrix, how many sixteenths are stored, rounded down (0
-    for one of less than 2**22 entries). `long_rows`: whether a product has so few and so long block
-    rows that these have to be cut to fill a GPU. A sampled product's `columns` are those that it
-    contracts.
+    Hopper), and for gradients with small blocks how alike neighbours are (`fill`: how many
+    sixteenths are stored of what tiles of 64 rows and of 64 columns visit, rounded down; 0 for
+    larger blocks, sequences, and off Hopper). `tma`: whether Hopper's copy engine can read the
+    operands, in products by blocks also copies of them that pay, and write the result (False off
+    Hopper). `partial`: whether a sampled product's pattern has blocks that are stored in part, or
+    that reach over the matrix's edge. `sixteenths`: of a product's large block matrix, how many
+    sixteenths are stored, rounded down (0 for one of less than 2**22 entries). `long_rows`: whether
+    a product has so few and so long block rows that these have to be cut to fill a GPU. A sampled
+    product's `columns` are those that it contracts.
     """
 
     device: str
@@ -63,6 +65,7 @@ class Facts(NamedTuple):
     lengths: bool = False
     tma: bool = False
     head_bytes: int = 0
+    fill: int = 0
     partial: bool = False
     sixteenths: int = 0
     long_rows: bool = False

@@ -25,6 +25,11 @@ from sparse_layouts.kernels.triton_common import DTYPE_NAMES
 ROWS_LAYOUT = gl.constexpr(
     gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 )
+# by how many columns of one byte a swizzle spans
+BYTES_LAYOUTS = {
+    width: gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8, rank=4)
+    for width in (64, 128)
+}
 
 
 @gluon.jit
@@ -72,15 +77,29 @@ def finish(counter_ptr, SECOND: gl.constexpr = False):
 
 def rows_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """A descriptor of (B, H, N, D) that moves `rows` rows of 64 columns."""
-    # the stride of a dimension of one is never used, but has to be a multiple of 16 bytes
-    strides = [16 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
-    strides[-1] = 1
-    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, 64], ROWS_LAYOUT.value)
+    return _descriptor(x, [1, 1, rows, 64], ROWS_LAYOUT.value)
 
 
 def rows_descriptor_type(dtype: torch.dtype, rows: int) -> str:
     """The type of :func:`rows_descriptor` in a kernel's signature."""
     return f"tensordesc<{DTYPE_NAMES[dtype]}[1, 1, {rows}, 64],{ROWS_LAYOUT.value!r}>"
+
+
+def bytes_descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor of (B, H, N, D) in e4m3 that moves `rows` rows of `columns`, 64 or 128."""
+    return _descriptor(x, [1, 1, rows, columns], BYTES_LAYOUTS[columns])
+
+
+def bytes_descriptor_type(rows: int, columns: int) -> str:
+    """The type of :func:`bytes_descriptor` in a kernel's signature."""
+    return f"tensordesc<fp8e4nv[1, 1, {rows}, {columns}],{BYTES_LAYOUTS[columns]!r}>"
+
+
+def _descriptor(x: Tensor, box: list[int], layout: gl.NVMMASharedLayout) -> TensorDescriptor:
+    # the stride of a dimension of one is never used, but has to be a multiple of 16 bytes
+    strides = [16 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
+    strides[-1] = 1
+    return TensorDescriptor(x, list(x.shape), strides, box, layout)
 
 
 @functools.cache

@@ -23,6 +23,7 @@ _MAP_BYTES = 128
 # names from the CUDA driver's header, cuda.h
 _PARAMETER_BUFFER, _PARAMETER_BUFFER_SIZE, _PARAMETERS_END = 1, 2, 0
 _MAP_DTYPES = {torch.int32: 3, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
+_MAP_DTYPES[torch.float8_e4m3fn] = 0  # copied as bytes
 _MAP_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _MAP_PROMOTION_128 = 2
 _MAY_BEGIN_EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

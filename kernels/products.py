@@ -368,10 +368,10 @@ def sixteenths_fact(pattern: BlockPattern) -> int:
 
 # A result of so few tiles of 64 rows and 128 columns leaves most of a GPU idle, and a block row
 # that stores so many entries of a row of the matrix, in the mean, is worth cutting. Blocks of 64, a
-# quarter stored, bf16, in graphs on an H200 (2026-11-27), cut and by tiles: 512 x 16384 times 256
-# columns 21 and 26 us, 1024 x 8192 times 128 17 and 15, a tenth of 512 x 65536 times 256 24 and 36.
-# Four block rows and one took 41 and 95 us where tiles take 19 and 48: adding up 64 and 256 pieces
-# ruled there, which `row_cuts.cut_rows` has bounded since (not measured again).
+# quarter stored, bf16, in graphs on an H200 (2026-11-27), us cut and, in an earlier run, by the
+# Hopper kernel's tiles: 512 x 16384 times 256 columns 18.5 and 26, 1024 x 8192 times 128 13 and 15,
+# 256 x 16384 times 128 14 and 19, half of 64 x 32768 times 128 14 and 48, a tenth of 512 x 65536
+# times 256 21 and 36.
 FEW_TILES = 16
 LONG_ROW = 1024
 

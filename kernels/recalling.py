@@ -18,14 +18,20 @@ MOST = 64
 ONCE = object()
 
 
-def is_undisturbed(x: Tensor) -> bool:
-    """Whether nothing is set under which calls differ from each other."""
+def is_undisturbed(dtype: torch.dtype | None) -> bool:
+    """Whether nothing is set under which calls on operands of a dtype differ from each other; None:
+    of one that autocast leaves alone.
+    """
     setting = current()
     return not (
         setting.choices
         or setting.trace is not None
         or torch.autograd.forward_ad._current_level >= 0
-        or (torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != x.dtype)
+        or (
+            dtype is not None
+            and torch.is_autocast_enabled("cuda")
+            and torch.get_autocast_dtype("cuda") != dtype
+        )
     )
 
 
@@ -37,7 +43,7 @@ def may_recall(values: Tensor | None, x: Tensor) -> bool:
         return False
     if x.dtype.itemsize != 2 or (x.data_ptr() | values.data_ptr()) % 16:
         return False
-    return is_undisturbed(x)
+    return is_undisturbed(x.dtype)
 
 
 def is_capturing() -> bool:

@@ -99,6 +99,30 @@ def triton_attention_fp8(facts: Facts) -> str | None:
     return triton_attention(facts) or triton_fp8(facts)
 
 
+def hopper_attention_fp8(facts: Facts) -> str | None:
+    """As `triton_attention_fp8`, with a result in fp16 or bf16, blocks of at least 64, head sizes
+    up to 128 and the plain batch, on a GPU of compute capability 9.0, whose copy engine can read
+    the operands.
+    """
+    # smaller blocks would put several scales into a tile of keys
+    reason = triton_attention_fp8(facts) or hopper_16_bits(facts)
+    if reason is not None:
+        return reason
+    if min(facts.block_size) < 64:
+        return f"takes blocks whose edges are at least 64, not {facts.block_size}"
+    if facts.head_dim > 128:
+        return f"takes head sizes up to 128, not {facts.head_dim}"
+    if facts.lengths:
+        return "takes no sequences of several lengths"
+    if not facts.tma:
+        return (
+            "takes q and k by rows and v by columns, whose other strides and addresses are "
+            "multiples of 16 bytes, as sl.quantize_fp8 makes them, and v of whole groups of 8 "
+            "columns"
+        )
+    return None
+
+
 def dequantized_attention(facts: Facts) -> str | None:
     """A result in a dtype in which there is a kernel for what the operands stand for."""
     if facts.device == "cuda" and facts.dtype == torch.float64:
@@ -106,18 +130,23 @@ def dequantized_attention(facts: Facts) -> str | None:
     return None
 
 
+def hopper_16_bits(facts: Facts) -> str | None:
+    """fp16 or bf16 on a GPU of compute capability 9.0."""
+    if facts.capability != (9, 0):
+        found = ".".join(map(str, facts.capability))
+        return f"is for compute capability 9.0 (H100, H200), found {found}"
+    if facts.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {facts.dtype}"
+    return None
+
+
 def hopper_attention(facts: Facts) -> str | None:
     """As `triton_attention`, in fp16 or bf16, without a bias, on a GPU of compute capability 9.0,
     whose copy engine can read the operands.
     """
-    reason = triton_attention(facts)
+    reason = triton_attention(facts) or hopper_16_bits(facts)
     if reason is not None:
         return reason
-    if facts.capability != (9, 0):
-        found = ".".join(map(str, facts.capability))
-        return f"is for compute capability 9.0 (H100, H200), found {found}"
-    if facts.dtype == torch.float32:
-        return "takes float16 and bfloat16, not torch.float32"
     if facts.bias:
         return "takes no bias"
     if not facts.tma:
@@ -156,18 +185,33 @@ def hopper_attention_backward(facts: Facts) -> str | None:
     return None
 
 
+# From how many sixteenths of fill on two passes are faster than Triton's tiles, by the block's edge
+# and head sizes up to 64 or beyond. Tiles of 64 rows or columns compute what they visit, those of
+# 16 what is stored. Triton's backward over two passes, bf16, H 16, N 8192, one H200 (2026-11-27),
+# with the fill: random blocks of 16, D 128 0.71 (0.29, 10% stored), 0.79 (0.26, 2%), 1.25 (0.46,
+# 40%), pairs of equal rows 0.83 (0.37), local stride 1.71 (0.96); D 64 0.61 (0.29), 0.98 (0.46); D
+# 96 and 256 0.73 (0.29). Random blocks of 32, 10%: D 128 0.92, D 64 0.78 (0.53).
+TWO_PASSES_FILL = {(16, 64): 7, (16, 256): 6, (32, 64): 10, (32, 256): 9}
+
+
 def hopper_attention_two_passes(facts: Facts) -> str | None:
     """As `hopper_attention`: blocks from 16 on, head sizes up to 256, sequences of several lengths,
-    and no workspace.
+    and no workspace; blocks of 16 and 32 whose neighbouring rows and columns are alike.
     """
     # It stands below `hopper_attention_backward`, which takes less but is the faster one where it
     # does: by two passes the scores and their gradients are computed twice, seven products of tiles
     # instead of five. Local stride, H 16, N 8192, D 128, bf16, blocks of 64, one H200 (2026-11-26):
     # 0.55 ms, that one 0.51, Triton's 0.64. Triton's backward took 1.36 times as long as this at D
-    # 192 and 256, 1.3 to 1.5 with blocks of 16 and 32 and over sequences, and 0.9 with random
-    # blocks of 16; since its tiles for unlike rows (2026-11-27) likely 0.75 there, not measured in
-    # one run.
-    return hopper_attention(facts)
+    # 192 and 256, and 1.3 to 1.5 with blocks of 16 and 32 and over sequences.
+    reason = hopper_attention(facts)
+    if reason is None and facts.fill:
+        least = TWO_PASSES_FILL[min(facts.block_size), 64 if facts.head_dim <= 64 else 256]
+        if facts.fill < least:
+            reason = (
+                f"takes small blocks whose neighbours are alike: {least} sixteenths stored of what "
+                f"tiles of 64 visit, not {facts.fill}"
+            )
+    return reason
 
 
 # Columns of the dense operand, as powers of two count. One H200, bf16, a quarter of the blocks of
@@ -224,6 +268,10 @@ def hopper_few_columns(facts: Facts) -> str | None:
     reason = _hopper_products(facts)
     if reason is None and facts.block_size[0] > HOPPER_FEW_COLUMNS_ROWS:
         reason = f"takes blocks of up to {HOPPER_FEW_COLUMNS_ROWS} rows, not {facts.block_size[0]}"
+    if reason is None and facts.long_rows:
+        # half of 64 x 32768 times 64 columns, us of this and of `triton_few_columns`: 17.2 and
+        # 14.3, a quarter of 256 x 16384 times 48 13.1 and 11.5 (one H200, 2026-11-27)
+        reason = "takes no few and long block rows"
     return reason
 
 

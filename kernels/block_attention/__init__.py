@@ -41,6 +41,7 @@ from sparse_layouts.kernels.block_attention.sequences import (
     padded_sequences,
     sequences_of,
 )
+from sparse_layouts.kernels.block_attention.tile_schedule import TILE_ROWS, fill_both_ways
 from sparse_layouts.layout_autograd import apply, differentiates, unwrapped
 
 OP, BACKWARD = "block_attention", "block_attention_backward"
@@ -67,10 +68,20 @@ register_kernel(BACKWARD, "cpu", f"{_HERE}.cpu_backward:{BACKWARD}", requirement
 
 
 def facts(
-    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, *, bias: bool, lengths: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    *,
+    bias: bool,
+    lengths: bool,
+    gradients: bool = False,
 ) -> Facts:
-    """What the choice of a kernel depends on; operands are 2-D to 4-D."""
+    """What the choice of a kernel depends on, for the `gradients` or else for out; operands are 2-D
+    to 4-D.
+    """
     hopper = capability_of(q.device) == (9, 0)
+    small = gradients and hopper and not lengths and max(pattern.block_size) < TILE_ROWS
     return facts_of(
         q,
         block_size=pattern.block_size,
@@ -79,6 +90,7 @@ def facts(
         lengths=lengths,
         tma=hopper and all(map(_tma_readable, (q, k, v))),
         head_bytes=_head_bytes(q, k, pattern) if hopper else 0,
+        fill=int(16 * fill_both_ways(pattern)) if small else 0,
     )
 
 
@@ -98,14 +110,17 @@ def _head_bytes(q: Tensor, k: Tensor, p: BlockPattern) -> int:
 
 
 def _tma_readable(x: Tensor) -> bool:
+    """Whether Hopper's copy engine can read x (B, H, N, D), and write a result like it."""
+    return x.shape[-1] > 0 and x.shape[-1] * x.element_size() % 16 == 0 and steps_fit(x)
+
+
+def steps_fit(x: Tensor) -> bool:
     """Whether Hopper's copy engine can read x (B, H, N, D): rows unbroken, in steps of 16 bytes."""
     *outer, last = x.stride()
     steps = [step for size, step in zip(x.shape, outer, strict=False) if size > 1]
     bytes_of = x.element_size()
     return (
         last == 1
-        and x.shape[-1] > 0
-        and x.shape[-1] * bytes_of % 16 == 0
         and all(step > 0 and step * bytes_of % 16 == 0 for step in steps)
         and x.data_ptr() % 16 == 0
     )
@@ -234,7 +249,15 @@ def _launch_backward(
         own = heads.own_slots(pattern, q.shape[1])
     dq, dk, dv, dbias = run(
         BACKWARD,
-        facts(q, k, v, pattern, bias=bias is not None, lengths=sequences is not None),
+        facts(
+            q,
+            k,
+            v,
+            pattern,
+            bias=bias is not None,
+            lengths=sequences is not None,
+            gradients=True,
+        ),
         reference.block_attention_backward,
         2 * dense_bytes(q, k, pattern, sequences),
         dout,

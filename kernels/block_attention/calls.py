@@ -28,6 +28,7 @@ from sparse_layouts.kernels.block_attention.recall import recall, recall_or_sett
 from sparse_layouts.kernels.block_attention_fp8 import attend_fp8, uses_of_fp8
 from sparse_layouts.kernels.block_attention_fp8.checks import check_fp8
 from sparse_layouts.kernels.block_attention_fp8.operands import FP8Operand
+from sparse_layouts.kernels.block_attention_fp8.recall import recall_fp8, recall_or_settle_fp8
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,9 +48,10 @@ def _uses(
     bias: bool = False,
     lengths: bool = False,
 ) -> list[Use]:
-    own = facts(q, k, v, mask.block_pattern, bias=bias, lengths=lengths)
-    uses = [Use("forward", OP, own)]
+    p = mask.block_pattern
+    uses = [Use("forward", OP, facts(q, k, v, p, bias=bias, lengths=lengths))]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        own = facts(q, k, v, p, bias=bias, lengths=lengths, gradients=True)
         uses.append(Use("gradients", BACKWARD, own))
     return uses
 
@@ -120,14 +122,21 @@ def attention(
     torch.Size([130, 2, 16])
     """
     lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, q_lens, kv_lens, kv_starts)
+    plain = bias is None and lengths is None and not dropout_p and not return_lse
+    plain = plain and isinstance(mask, BSRTensor)
     if isinstance(q, FP8Operand) or isinstance(k, FP8Operand) or isinstance(v, FP8Operand):
+        result = recall_fp8(q, k, v, mask, scale) if plain else NotImplemented
+        if result is not NotImplemented:
+            return result
         operands = check_fp8(
             "attention", q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale, lengths=lengths
         )
+        result = recall_or_settle_fp8(*operands, mask, scale) if plain else NotImplemented
+        if result is not NotImplemented:
+            return result
         out, lse = attend_fp8(*operands, mask, scale, lengths, return_lse)
         return (out, lse) if return_lse else out
-    plain = bias is None and lengths is None and not dropout_p and not return_lse
-    if plain and isinstance(mask, BSRTensor):
+    if plain:
         result = recall(q, k, v, mask, scale, "attention")
         if result is not NotImplemented:
             return result

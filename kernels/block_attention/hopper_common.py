@@ -20,8 +20,8 @@ from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.kernels.block_attention.reference import dropout_threshold
 from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_attention.triton_common import kept_scale
-from sparse_layouts.kernels.block_attention.unit_schedule import UnitSchedule
-from sparse_layouts.kernels.hopper_common import wait_full, work_counter
+from sparse_layouts.kernels.block_attention.unit_schedule import UNIT, UnitSchedule
+from sparse_layouts.kernels.hopper_common import rows_descriptor, wait_full, work_counter
 from sparse_layouts.kernels.launching import PackedLaunch
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -56,10 +56,13 @@ def pass_over(a_full, a_free, b_full, b_free, begin, end, STAGES: gl.constexpr):
 def load_rows(
     desc, buffer, bar, batch, head, row, ROWS: gl.constexpr, FIRST: gl.constexpr, D: gl.constexpr
 ):
-    """ROWS rows of (B, H, N, D) into rows FIRST.. of a buffer [1, 1, any, D], 64 columns each."""
-    for c in gl.static_range(D // 64):
-        part = buffer.slice(FIRST, ROWS, dim=2).slice(c * 64, 64, dim=3)
-        tma.async_copy_global_to_shared(desc, [batch, head, row, c * 64], bar, part)
+    """ROWS rows of (B, H, N, D) into rows FIRST.. of a buffer [1, 1, any, D], as many columns at
+    once as the descriptor says.
+    """
+    COLUMNS: gl.constexpr = desc.block_type.shape[3]
+    for c in gl.static_range(D // COLUMNS):
+        part = buffer.slice(FIRST, ROWS, dim=2).slice(c * COLUMNS, COLUMNS, dim=3)
+        tma.async_copy_global_to_shared(desc, [batch, head, row, c * COLUMNS], bar, part)
 
 
 @gluon.jit
@@ -402,4 +405,21 @@ def pass_arguments(
         "scale": scale,
         "threshold": dropout_threshold(dropout_p),
         "keep_scale": kept_scale(dropout_p),
+    }
+
+
+def keys_operands(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, terms: Tensor, dk: Tensor, dv: Tensor, piece: int
+) -> dict[str, Any]:
+    """What a pass by column reads and writes, by name; q and dout move `piece` rows at once."""
+    return {
+        "q_desc": rows_descriptor(q, piece),
+        "k_desc": rows_descriptor(k, UNIT),
+        "v_desc": rows_descriptor(v, UNIT),
+        "dout_desc": rows_descriptor(dout, piece),
+        "dk_desc": rows_descriptor(dk, UNIT),
+        "dv_desc": rows_descriptor(dv, UNIT),
+        "dk_ptr": dk,
+        "dv_ptr": dv,
+        "terms_ptr": terms,
     }

@@ -13,6 +13,7 @@ from sparse_layouts.kernels.block_attention.heads import shared_lists
 from sparse_layouts.kernels.block_attention.hopper_common import (
     PassLaunch,
     bundle_size,
+    keys_operands,
     pass_arguments,
 )
 from sparse_layouts.kernels.block_attention.hopper_dkdv_kernel import hopper_attention_dkdv
@@ -23,11 +24,7 @@ from sparse_layouts.kernels.block_attention.triton_common import (
     signature,
 )
 from sparse_layouts.kernels.block_attention.unit_schedule import UNIT, unit_schedule
-from sparse_layouts.kernels.hopper_common import (
-    multiprocessors,
-    rows_descriptor,
-    rows_descriptor_type,
-)
+from sparse_layouts.kernels.hopper_common import multiprocessors, rows_descriptor_type
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES
 
 # Queries and their gradients of the heads that are worked on together; as the pass that keeps a
@@ -88,16 +85,9 @@ def keys_pass(
     streamed = group * 4 * nq * d * q.element_size()
     arguments = pass_arguments(
         q, k, m, transposed.tiles, head_map, schedule, sequences, table, scale, dropout_p, seed
-    ) | {
-        "q_desc": rows_descriptor(q, piece),
-        "k_desc": rows_descriptor(k, UNIT),
-        "v_desc": rows_descriptor(v, UNIT),
-        "dout_desc": rows_descriptor(dout, piece),
-        "dk_desc": rows_descriptor(dk, UNIT),
-        "dv_desc": rows_descriptor(dv, UNIT),
-        "dk_ptr": dk,
-        "dv_ptr": dv,
-        "terms_ptr": terms,
+    )
+    arguments |= keys_operands(dout, q, k, v, terms, dk, dv, piece)
+    arguments |= {
         "rows_ptr": schedule.heaviest_first if alike else schedule.rows,
         "groups": groups,
         "bundle": bundle_size(samples, streamed, L2_BYTES),

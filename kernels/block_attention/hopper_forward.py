@@ -26,7 +26,10 @@ from sparse_layouts.kernels.block_attention.triton_common import (
     signature,
 )
 from sparse_layouts.kernels.block_attention.unit_schedule import unit_schedule
+from sparse_layouts.kernels.block_attention_fp8.quantize import ROWS_PER_SCALE
 from sparse_layouts.kernels.hopper_common import (
+    bytes_descriptor,
+    bytes_descriptor_type,
     multiprocessors,
     rows_descriptor,
     rows_descriptor_type,
@@ -66,6 +69,13 @@ TUNINGS = {
     128: Tuning(2, 128, 2, 2, 1, 168),
     256: Tuning(2, 64, 2, 1, 1, 168),
 }
+# In 8 bits: padded head size, keys of a tile: tuning.
+TUNINGS_8_BITS = {
+    (64, 64): Tuning(1, 64, 2, 2, 3, 80),
+    (64, 128): Tuning(1, 128, 2, 2, 2, 128),
+    (128, 64): Tuning(1, 64, 3, 2, 2, 128),
+    (128, 128): Tuning(1, 128, 2, 2, 2, 128),
+}
 # Keys and values of the heads that are worked on together; half of an H200's L2.
 L2_BYTES = 32_000_000
 
@@ -100,7 +110,7 @@ def block_attention(
     if not nothing:
         keep = (dropout_p, seed) if seed is not None and dropout_p > 0 else (0.0, None)
         with torch.cuda.device_of(q):
-            _launch(q, k, v, out, lse, pattern, head_map, scale, *keep, sequences).run()
+            forward_pass(q, k, v, out, lse, pattern, head_map, scale, *keep, sequences).run()
     return out, lse
 
 
@@ -118,7 +128,7 @@ class PreparedForward:
         head_map: Tensor,
         scale: float,
     ) -> None:
-        launch = _launch(q, k, v, out, lse, pattern, head_map, scale, 0.0, None, None)
+        launch = forward_pass(q, k, v, out, lse, pattern, head_map, scale)
         self._programs, self._device = launch.programs, q.device
         self._packed = launch.pack("out_ptr", "lse_ptr", "counter_ptr")
 
@@ -141,7 +151,7 @@ class PreparedForward:
             packed.launch(self._programs, stream)
 
 
-def _launch(
+def forward_pass(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -150,14 +160,18 @@ def _launch(
     pattern: BlockPattern,
     head_map: Tensor,
     scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    sequences: Sequences | None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    sequences: Sequences | None = None,
+    scales: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> PassLaunch:
+    """The launch of the kernel. With `scales` of q, k and v these are of 8 bits, without dropout
+    and sequences, in blocks from 64 on.
+    """
     (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
     m, (bm, bn) = pattern.shape[0], pattern.block_size
     d = max(64, padded_head_dim(max(head_dim, value_dim)))
-    tuning = TUNINGS[d]
+    tuning = TUNINGS[d] if scales is None else TUNINGS_8_BITS[d, min(bn, 128)]
     group = heads // kv_heads
     # two heads that read the same lists and keys share a program as two units would
     paired = tuning.units == 2 and sequences is None and group % 2 == 0
@@ -178,10 +192,18 @@ def _launch(
     in_order = first_group == 0 and sequences is None
     arguments = pass_arguments(
         q, k, m, pattern.tiles, head_map, schedule, sequences, table, scale, dropout_p, seed
-    ) | {
-        "q_desc": rows_descriptor(q, 64),
-        "k_desc": rows_descriptor(k, piece),
-        "v_desc": rows_descriptor(v, piece),
+    )
+    if scales is None:
+        arguments["q_desc"] = rows_descriptor(q, 64)
+        arguments["k_desc"] = rows_descriptor(k, piece)
+        arguments["v_desc"] = rows_descriptor(v, piece)
+    else:
+        arguments["q_desc"] = bytes_descriptor(q, 64, d)
+        arguments["k_desc"] = bytes_descriptor(k, piece, d)
+        arguments["v_desc"] = bytes_descriptor(v.mT, d, piece)
+    names = ("q_scale_ptr", "k_scale_ptr", "v_scale_ptr")
+    arguments |= dict(zip(names, scales or (None,) * 3, strict=True))
+    arguments |= {
         "out_desc": rows_descriptor(out, 64),
         "out_ptr": out,
         "lse_ptr": lse,
@@ -216,6 +238,7 @@ def _constants(tuning: Tuning, d: int, piece: int) -> dict[str, int]:
         "STAGES": tuning.stages,
         "QUERIES": tuning.queries,
         "REGISTERS": tuning.registers,
+        "ROWS_PER_SCALE": ROWS_PER_SCALE,
     }
 
 
@@ -234,6 +257,11 @@ def compilations() -> Iterator[Compilation]:
     yield _compilation(64, 16, fp16, sequences=True, dropout=True)
     yield _compilation(256, 64, bf16, sequences=True)
     yield _compilation(128, 64, bf16, scaled=True)
+    for d in (64, 128):
+        for block in (64, 128):
+            yield _compilation(d, block, bf16, fp8=True)
+    yield _compilation(128, 64, fp16, tiles=False, counts=True, fp8=True)
+    yield _compilation(64, 128, fp16, scaled=True, fp8=True)
     for rows, keys in ((128, 128), (64, 128), (128, 64)):
         constexprs = {"TILE": rows, "BLOCK": 128, "KEY_TILE": keys, "q_starts_ptr": None}
         types, name = signature(sequence_tiles, {}, constexprs), f"tiles-{rows}-{keys}"
@@ -251,8 +279,9 @@ def _compilation(
     sequences: bool = False,
     paired: bool = False,
     scaled: bool = False,
+    fp8: bool = False,
 ) -> Compilation:
-    tuning = TUNINGS[d]
+    tuning = TUNINGS_8_BITS[d, min(block, 128)] if fp8 else TUNINGS[d]
     piece = min(block, tuning.keys)
     constexprs = {
         "BM": block,
@@ -262,12 +291,19 @@ def _compilation(
         "HEADS_EACH": 2 if paired else 1,
     }
     options = {"tiles": tiles, "log_counts": counts, "sequences": sequences, "seed": dropout}
+    options |= dict.fromkeys(("q_scale", "k_scale", "v_scale"), fp8)
     constexprs |= {f"{name}_ptr": None for name, there in options.items() if not there}
     given = dict.fromkeys(("q_desc", "out_desc"), rows_descriptor_type(dtype, 64))
     given |= dict.fromkeys(("k_desc", "v_desc"), rows_descriptor_type(dtype, piece))
-    given |= dict.fromkeys(("lse_ptr", "log_counts_ptr"), "*fp32")
+    if fp8:
+        given["q_desc"] = bytes_descriptor_type(64, d)
+        given["k_desc"] = bytes_descriptor_type(piece, d)
+        given["v_desc"] = bytes_descriptor_type(d, piece)
+    of_fp32 = ("lse_ptr", "log_counts_ptr", "q_scale_ptr", "k_scale_ptr", "v_scale_ptr")
+    given |= dict.fromkeys(of_fp32, "*fp32")
     given |= {"out_ptr": f"*{DTYPE_NAMES[dtype]}", "seed_ptr": "*i64"}
-    on = [name for name, there in options.items() if there] + ["scaled"] * scaled
+    on = [name for name, there in options.items() if there and not name.endswith("_scale")]
+    on += ["scaled"] * scaled + ["fp8"] * fp8
     return Compilation(
         "-".join([f"block{block}", f"d{d}", DTYPE_NAMES[dtype], *on, *(["paired"] * paired)]),
         hopper_attention_forward,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from sparse_layouts.kernels.block_attention import unit_schedule
 from sparse_layouts.kernels.block_attention.hopper_common import (
@@ -107,14 +107,28 @@ def load_tiles(
     k_desc, v_desc, k_s, v_s, k_full, k_free, v_full, v_free, columns_ptr, first, begin, end, turn,
     batch, kv_head, first_key,
     PIECE: gl.constexpr, TN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    scales=None, ROWS_PER_SCALE: gl.constexpr = 128,
 ):  # fmt: skip
-    """Keys and values of tiles `first + begin` .. `first + end - 1`."""
+    """Keys and values of tiles `first + begin` .. `first + end - 1`.
+
+    In 8 bits values lie by column, and a tile of keys has a scale: `scales` are those of a head,
+    the ring for a tile's and how many keys there are.
+    """
     SLOTS: gl.constexpr = TN // PIECE
+    BYTES: gl.constexpr = k_desc.dtype.primitive_bitwidth // 8
     for j in range(begin, end):
         stage = (turn + j) % STAGES
         slot = (first + j) * SLOTS
+        if scales is not None:
+            scale_ptr, rates, num_keys = scales
+            # there are tiles of no block (-1), and blocks may reach over the end
+            key = gl.minimum(gl.load(columns_ptr + slot) * PIECE, num_keys - 1)
+            scale = gl.load(scale_ptr + key // ROWS_PER_SCALE, mask=key >= 0, other=1.0)
         wait_free(k_free, turn + j, STAGES)
-        mbarrier.expect(k_full.index(stage), TN * D * 2)
+        if scales is not None:
+            W: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+            rates.index(stage).store(gl.zeros([32], gl.float32, W) + scale)
+        mbarrier.expect(k_full.index(stage), TN * D * BYTES)
         for i in gl.static_range(SLOTS):
             row = first_key + gl.load(columns_ptr + slot + i) * PIECE
             load_rows(
@@ -122,26 +136,34 @@ def load_tiles(
                 PIECE, i * PIECE, D,
             )  # fmt: skip
         wait_free(v_free, turn + j, STAGES)
-        mbarrier.expect(v_full.index(stage), TN * D * 2)
+        mbarrier.expect(v_full.index(stage), TN * D * BYTES)
         for i in gl.static_range(SLOTS):
             row = first_key + gl.load(columns_ptr + slot + i) * PIECE
-            load_rows(
-                v_desc, v_s.index(stage), v_full.index(stage), batch, kv_head, row,
-                PIECE, i * PIECE, D,
-            )  # fmt: skip
+            if BYTES == 1:
+                gl.static_assert(SLOTS == 1, "columns of several pieces would share a swizzle")
+                tma.async_copy_global_to_shared(
+                    v_desc, [batch, kv_head, 0, row], v_full.index(stage), v_s.index(stage)
+                )
+            else:
+                load_rows(
+                    v_desc, v_s.index(stage), v_full.index(stage), batch, kv_head, row,
+                    PIECE, i * PIECE, D,
+                )  # fmt: skip
 
 
 @gluon.jit
 def produce(
     q_desc, k_desc, v_desc, shared, counter_ptr, head_map_ptr, rows_ptr, columns_ptr,
-    sequences_ptr, heads, group, groups, bundle, samples, stride_map, stride_rows, first_group,
-    row_offset, num_queries, num_keys, num_sequences, packed,
+    sequences_ptr, k_scale_ptr, heads, group, groups, bundle, samples, stride_map, stride_rows,
+    first_group, row_offset, num_queries, num_keys, num_sequences, packed,
     PIECE: gl.constexpr, TN: gl.constexpr, D: gl.constexpr, NUM_UNITS: gl.constexpr,
     STAGES: gl.constexpr, QUERIES: gl.constexpr, HEADS_EACH: gl.constexpr,
+    ROWS_PER_SCALE: gl.constexpr,
 ):  # fmt: skip
     """The producer: claims an item ahead, hands it on, loads its queries and its tiles."""
-    q_s, k_s, v_s, items, ready, q_full, q_free, k_full, k_free, v_full, v_free = shared
+    q_s, k_s, v_s, items, ready, q_full, q_free, k_full, k_free, v_full, v_free = shared[:11]
     W: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    BYTES: gl.constexpr = q_desc.dtype.primitive_bitwidth // 8
     tile_turn = 0
     turn = 0
     more, x, row = claim(
@@ -157,11 +179,16 @@ def produce(
         first = pick(x, START)
         tiles = pick(x, TILES)
         kv_head = head // group
+        scales = None
+        if k_scale_ptr is not None:
+            sample = batch * (heads // group) + kv_head
+            own_scales = k_scale_ptr + sample * gl.cdiv(num_keys, ROWS_PER_SCALE)
+            scales = (own_scales, shared[11], num_keys)
         place = turn % QUERIES
         wait_free(q_free, turn, QUERIES)
         items.index(place).store(x)
         mbarrier.arrive(ready.index(place), count=1)
-        mbarrier.expect(q_full.index(place), NUM_UNITS * 64 * D * 2)
+        mbarrier.expect(q_full.index(place), NUM_UNITS * 64 * D * BYTES)
         for u in gl.static_range(NUM_UNITS):
             if HEADS_EACH == 1:
                 unit = gl.load(rows_ptr + row * 16 + UNITS + u)
@@ -176,7 +203,7 @@ def produce(
         some = gl.minimum(tiles, STAGES)
         load_tiles(
             k_desc, v_desc, k_s, v_s, k_full, k_free, v_full, v_free, columns_ptr, first, 0, some,
-            tile_turn, batch, kv_head, first_key, PIECE, TN, D, STAGES,
+            tile_turn, batch, kv_head, first_key, PIECE, TN, D, STAGES, scales, ROWS_PER_SCALE,
         )  # fmt: skip
         # the next item is claimed while the consumers are still busy with what is loaded
         more, next_x, row = claim(
@@ -186,7 +213,8 @@ def produce(
         )  # fmt: skip
         load_tiles(
             k_desc, v_desc, k_s, v_s, k_full, k_free, v_full, v_free, columns_ptr, first, some,
-            tiles, tile_turn, batch, kv_head, first_key, PIECE, TN, D, STAGES,
+            tiles, tile_turn, batch, kv_head, first_key, PIECE, TN, D, STAGES, scales,
+            ROWS_PER_SCALE,
         )  # fmt: skip
         tile_turn += tiles
         turn += 1

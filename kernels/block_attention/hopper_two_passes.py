@@ -9,7 +9,7 @@ lengths.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,6 +28,7 @@ from sparse_layouts.kernels.block_attention.hopper_common import (
 from sparse_layouts.kernels.block_attention.sequences import Sequences, padded_sequences
 from sparse_layouts.kernels.block_attention.triton_common import padded_head_dim, readied, signature
 from sparse_layouts.kernels.hopper_common import work_counter
+from sparse_layouts.kernels.launching import PackedLaunch
 
 # rows that a program of `attention_terms` takes, by padded head size of v
 TERMS_ROWS = {128: 64, 64: 64, 256: 32, 32: 64, 16: 64}
@@ -115,6 +116,32 @@ def block_attention_backward(
     return dq, dk, dv, None
 
 
+# What moves between calls of a PreparedBackward; which of it the terms, the pass by column and the
+# pass by row take by descriptor, and which by pointer.
+_MOVING = ("q", "k", "v", "dout", "out", "lse", "terms", "dq", "dk", "dv", "counter")
+_TAKEN: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    ((), ("out", "dout", "lse", "terms")),
+    (("q", "k", "v", "dout", "dk", "dv"), ("dk", "dv", "terms", "counter")),
+    (("q", "k", "v", "dout", "dq"), ("dq", "terms", "counter")),
+)
+
+
+class _Step(NamedTuple):
+    """A launch of a PreparedBackward; its parameters that move, with their places in _MOVING."""
+
+    packed: PackedLaunch
+    programs: int
+    described: tuple[tuple[str, int], ...]
+    pointed: tuple[tuple[str, int], ...]
+
+
+def _step(launch: PassLaunch, described: tuple[str, ...], pointed: tuple[str, ...]) -> _Step:
+    by_descriptor = tuple((f"{name}_desc", _MOVING.index(name)) for name in described)
+    by_pointer = tuple((f"{name}_ptr", _MOVING.index(name)) for name in pointed)
+    packed = launch.pack(*dict(by_pointer))
+    return _Step(packed, launch.programs, by_descriptor, by_pointer)
+
+
 class PreparedBackward:
     """Backward passes on operands like these, without dropout, sequences and a gradient of lse: all
     but addresses is settled.
@@ -141,11 +168,9 @@ class PreparedBackward:
         self._partly, self._device = sequences is not None, q.device
         gradients = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
         operands = (dout, None, q, k, v, out, lse, terms_room(out), *gradients, pattern, head_map)
-        terms, columns, rows = _launches(*operands, scale, 0.0, None, sequences, table)
-        self._programs = (terms.programs, columns.programs, rows.programs)
-        self._terms = terms.pack("out_ptr", "dout_ptr", "lse_ptr", "terms_ptr")
-        self._columns = columns.pack("dk_ptr", "dv_ptr", "terms_ptr", "counter_ptr")
-        self._rows = rows.pack("dq_ptr", "terms_ptr", "counter_ptr")
+        launches = _launches(*operands, scale, 0.0, None, sequences, table)
+        taken = zip(launches, _TAKEN, strict=True)
+        self._steps = tuple(_step(launch, *names) for launch, names in taken)
 
     def __call__(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, stream: int
@@ -155,23 +180,15 @@ class PreparedBackward:
         if self._partly:
             for gradient in (dq, dk, dv):
                 gradient.zero_()
-        terms = terms_room(out)
-        at = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse, "terms": terms}
-        at |= {"dq": dq, "dk": dk, "dv": dv, "counter": work_counter(self._device, stream)}
-        addresses = {name: tensor.data_ptr() for name, tensor in at.items()}
-        described = (("q", "k", "v", "dout", "dk", "dv"), ("q", "k", "v", "dout", "dq"))
-        pointed = (("dk", "dv", "terms", "counter"), ("dq", "terms", "counter"))
-        steps = (
-            (self._terms, (), ("out", "dout", "lse", "terms")),
-            (self._columns, described[0], pointed[0]),
-            (self._rows, described[1], pointed[1]),
-        )
-        for (packed, by_map, by_pointer), programs in zip(steps, self._programs, strict=True):
+        terms, counter = terms_room(out), work_counter(self._device, stream)
+        moving = (q, k, v, dout, out, lse, terms, dq, dk, dv, counter)  # as _MOVING names them
+        addresses = [tensor.data_ptr() for tensor in moving]
+        for packed, programs, described, pointed in self._steps:
             with packed.lock:
-                for name in by_map:
-                    packed.describe(f"{name}_desc", addresses[name])
-                for name in by_pointer:
-                    packed.point(f"{name}_ptr", addresses[name])
+                for name, place in described:
+                    packed.describe(name, addresses[place])
+                for name, place in pointed:
+                    packed.point(name, addresses[place])
                 packed.launch(programs, stream)
         return dq, dk, dv
 

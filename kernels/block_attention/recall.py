@@ -30,11 +30,9 @@ from sparse_layouts.kernels.block_attention import (
     heads,
 )
 from sparse_layouts.kernels.launching import can_pack
+from sparse_layouts.kernels.recalling import MOST, is_capturing, is_undisturbed
 from sparse_layouts.layout_autograd import apply
 from sparse_layouts.opaque import is_eager
-
-# calls that a mask remembers before it forgets them all
-MOST = 64
 
 
 def _prepared(row: Kernel | None, name: str) -> Any:
@@ -61,7 +59,8 @@ class Settled:
         self.strides = (q.stride(), k.stride(), v.stride(), out.stride())
         self.shapes = (q.shape, k.shape, v.shape)
         self.forward = forward(q, k, v, out, lse, self.pattern, self.head_map, scale)
-        row = choose(BACKWARD, facts(q, k, v, self.pattern, bias=False, lengths=False))
+        own = facts(q, k, v, self.pattern, bias=False, lengths=False, gradients=True)
+        row = choose(BACKWARD, own)
         self.prepare_backward = _prepared(row, "PreparedBackward")
         self.backward: Any = None
 
@@ -130,6 +129,29 @@ class SettledAttention(torch.autograd.Function):
         return *ctx.settled.gradients(ctx.settings, dout, q, k, v, out, lse), None, None
 
 
+def known(mask: BSRTensor, key: Any, settle: Callable[[], Any] | None) -> Any:
+    """What an earlier call with the mask settled, or what `settle` makes, which is kept; None where
+    there is neither, or another GPU is the current one.
+    """
+    kept = mask._recalled
+    settled = None if kept is None else kept.get(key)
+    if (
+        settled is None
+        or settled.pattern is not mask._pattern
+        or settled.tables != (ROUTES.changes, KERNELS.changes)
+    ):
+        # lists that are made while a graph is captured are written when it is replayed
+        if settle is None or is_capturing():
+            return None
+        settled = settle()
+        if settled is None:
+            return None
+        if kept is None or len(kept) >= MOST:
+            kept = mask._recalled = {}
+        kept[key] = settled
+    return settled if torch._C._cuda_getDevice() == settled.index else None
+
+
 def recall(
     q: Any,
     k: Any,
@@ -148,38 +170,16 @@ def recall(
         return NotImplemented
     if scale is not None and type(scale) is not float:
         return NotImplemented
-    known = mask._recalled
-    if known is None and settle is None:
+    if mask._recalled is None and settle is None:
         return NotImplemented
-    setting = current()
-    if (
-        setting.choices
-        or setting.trace is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16
-        or (torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != q.dtype)
-    ):
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 or not is_undisturbed(q.dtype):
         return NotImplemented
     key = (
         *(q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype),
         *(q.device, k.device, v.device, scale, call),
     )
-    settled = None if known is None else known.get(key)
-    if (
-        settled is None
-        or settled.pattern is not mask._pattern
-        or settled.tables != (ROUTES.changes, KERNELS.changes)
-    ):
-        # lists that are made while a graph is captured are written when it is replayed
-        if settle is None or torch.cuda.is_current_stream_capturing():
-            return NotImplemented
-        settled = settle()
-        if settled is None:
-            return NotImplemented
-        if known is None or len(known) >= MOST:
-            known = mask._recalled = {}
-        known[key] = settled
-    if torch._C._cuda_getDevice() != settled.index:
+    settled = known(mask, key, settle)
+    if settled is None:
         return NotImplemented
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return apply(SettledAttention, q, k, v, mask, settled)
@@ -224,7 +224,7 @@ def recall_sdpa(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     scale, gqa = kwargs.get("scale"), kwargs.get("enable_gqa", False)
     usual = kwargs.get("dropout_p", 0.0) == 0.0 and kwargs.get("is_causal", False) is False
-    known = ("attn_mask", "scale", "enable_gqa", "dropout_p", "is_causal")
-    if not usual or given != len(args) + sum(name in kwargs for name in known):
+    names = ("attn_mask", "scale", "enable_gqa", "dropout_p", "is_causal")
+    if not usual or given != len(args) + sum(name in kwargs for name in names):
         return NotImplemented
     return recall(q, k, v, mask, scale, gqa)

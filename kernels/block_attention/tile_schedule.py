@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparse_layouts.block_pattern import BlockPattern, entry_rows
+from sparse_layouts.block_pattern import BlockPattern, entry_rows, transpose_pattern
 from sparse_layouts.derived import derived
 
 Lists = Literal["rows", "columns"]
@@ -76,6 +76,12 @@ def tile_fill(pattern: BlockPattern) -> float:
     if each <= 1 or pattern.num_blocks == 0:
         return 1.0
     return derived(pattern, "tile_fill", lambda: _tile_fill(pattern, each))
+
+
+def fill_both_ways(pattern: BlockPattern) -> float:
+    """The stored share of all that tiles of 64 rows and tiles of 64 columns visit."""
+    by_row, by_column = tile_fill(pattern), tile_fill(transpose_pattern(pattern))
+    return 2 / (1 / by_row + 1 / by_column)
 
 
 def _tile_fill(p: BlockPattern, each: int) -> float:

@@ -15,7 +15,15 @@ from torch import Tensor
 from sparse_layouts import opaque
 from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.bsr_tensor import BSRTensor
-from sparse_layouts.dispatch import Facts, Use, choose, facts_of, register_kernel, run
+from sparse_layouts.dispatch import (
+    Facts,
+    Use,
+    capability_of,
+    choose,
+    facts_of,
+    register_kernel,
+    run,
+)
 from sparse_layouts.kernels import block_attention, requirements
 from sparse_layouts.kernels.block_attention import heads
 from sparse_layouts.kernels.block_attention.length_checks import Lengths
@@ -25,16 +33,30 @@ from sparse_layouts.kernels.block_attention_fp8.operands import FP8Operand
 
 OP = "block_attention_fp8"
 _HERE = "sparse_layouts.kernels.block_attention_fp8"
+register_kernel(OP, "hopper", f"{_HERE}.hopper_forward:{OP}", requirements.hopper_attention_fp8)
 register_kernel(OP, "triton", f"{_HERE}.triton_forward:{OP}", requirements.triton_attention_fp8)
 register_kernel(OP, "dequantized", f"{_HERE}.dequantized:{OP}", requirements.dequantized_attention)
 
 
 def facts(
-    q: Tensor, v: Tensor, dtype: torch.dtype, block_size: tuple[int, int], *, lengths: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dtype: torch.dtype,
+    block_size: tuple[int, int],
+    *,
+    lengths: bool,
 ) -> Facts:
     """What the choice of a kernel depends on; the dtype is the result's."""
-    head_dim = max(q.shape[-1], v.shape[-1])
-    own = facts_of(q, block_size=block_size, head_dim=head_dim, lengths=lengths)
+    own = facts_of(
+        q,
+        block_size=block_size,
+        head_dim=max(q.shape[-1], v.shape[-1]),
+        lengths=lengths,
+        tma=capability_of(q.device) == (9, 0)
+        and v.shape[-1] % 8 == 0  # the result's rows, of 16 bits
+        and all(t.shape[-1] > 0 and block_attention.steps_fit(t) for t in (q, k, v.mT)),
+    )
     return own._replace(dtype=dtype)
 
 
@@ -55,7 +77,7 @@ def _launch(
     block_attention.check_lengths(q, k, pattern, sequences)
     out, lse = run(
         OP,
-        facts(q, v, dtype, pattern.block_size, lengths=sequences is not None),
+        facts(q, k, v, dtype, pattern.block_size, lengths=sequences is not None),
         reference.block_attention_fp8,
         block_attention.dense_bytes(q, k, pattern, sequences),
         q,
@@ -136,7 +158,7 @@ def uses_of_fp8(
     q8, k8, v8 = (t.four_dimensional()[0] for t in (q, k, v))
     sequences = block_attention.sequences_in(q8, k8, lengths)
     block_attention.check_lengths(q8, k8, mask.block_pattern, sequences)
-    own = facts(q8, v8, q.dtype, mask.block_size, lengths=lengths is not None)
+    own = facts(q8, k8, v8, q.dtype, mask.block_size, lengths=lengths is not None)
     found = [Use("forward", OP, own)]
     row = choose(OP, own)
     if row is not None and row.name == "dequantized":

@@ -143,8 +143,8 @@ def attention_fp8_forward(
         k_shift_ptr += (batch64 * kv_heads + kv_head64) * head_dim
         k_shift = tl.load(k_shift_ptr + offs_d, mask=offs_d < head_dim, other=0.0)  # [D]
         shift_score = tl.sum(q.to(tl.float32) * k_shift[None, :], 1) * (q_scale * scale)  # [TM]
-    # the maximum is taken before scaling where the scale is positive and nothing is added to scores
-    SCALED: tl.constexpr = log_counts_ptr is not None or not POSITIVE
+    # the maximum is taken before scaling where the scale is positive and nothing is masked or added
+    SCALED: tl.constexpr = not POSITIVE
     if not TMA:
         k += batch64 * stride_kb + kv_head64 * stride_kh
         v += batch64 * stride_vb + kv_head64 * stride_vh
@@ -207,6 +207,10 @@ def attention_fp8_forward(
             # also full blocks reach over the end of a sequence
             s = tl.where(mask_n[None, :], s, float("-inf"))
         if j >= plain:
+            if not SCALED:
+                # before the mask: what a row does not attend to may have a scale that is NaN
+                s *= rate[:, None]
+                rate = tl.full([TM], 1.0, tl.float32)
             if log_counts_ptr is not None:
                 s += tl.load(log_counts_ptr + slot_index(first, offs_r, offs_n, BM, BN, TM, TN))
             live = stored_entries(

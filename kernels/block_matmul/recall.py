@@ -376,7 +376,7 @@ def recall_sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if len(args) != 3 or kwargs.keys() != {"beta"} or kwargs["beta"] != 0:
         return NotImplemented
     mask, a, b = args
-    if not (type(a) is type(b) is Tensor and a.is_cuda and is_eager(a) and is_undisturbed(a)):
+    if not (type(a) is type(b) is Tensor and a.is_cuda and is_eager(a) and is_undisturbed(a.dtype)):
         return NotImplemented
     if not isinstance(mask, BSRTensor) or (a.data_ptr() | b.data_ptr()) % 16:
         return NotImplemented

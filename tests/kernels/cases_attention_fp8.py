@@ -75,6 +75,33 @@ MORE_CASES = [
     AttentionCase(
         "block256", Stored((700, 600), (64, 256), 2, tiles=True), heads_read="own", head_dim=64
     ),
+    # what the Hopper kernel takes: blocks of one and several tiles, heads that share a program
+    AttentionCase(
+        "counts_64",
+        Stored((450, 500), (64, 64), 2, tiles=True, counts=True),
+        batch=2,
+        heads=4,
+        kv_heads=2,
+        heads_read="kv",
+        head_dim=64,
+        scale=-0.2,
+    ),
+    AttentionCase(
+        "counts_256",
+        Stored((700, 650), (128, 256), tiles=True, counts=True),
+        heads=4,
+        kv_heads=1,
+        head_dim=96,
+        value_dim=72,
+    ),
+    AttentionCase(
+        "fewer_queries_64",
+        Stored((700, 700), (64, 64), blocks="causal"),
+        queries=333,
+        batch=2,
+        head_dim=80,
+        value_dim=128,
+    ),
     AttentionCase("negative_scale", Stored((96, 96), (32, 32)), scale=-0.3, head_dim=64),
     AttentionCase("small_scale", Stored((200, 200), (64, 64)), scale=1e-3, head_dim=64, small=True),
 ]
@@ -96,10 +123,9 @@ def build(case: AttentionCase, dtype: torch.dtype, device: Device) -> Call:
     quantised.append(quantize(clean[2], None, True))
     data = []
     for (numbers, _), given, how in zip(quantised, (q, k, v), case.how, strict=False):
-        numbers = torch.where(given.isnan(), torch.full_like(numbers, math.nan), numbers)
-        data.append(laid_out(numbers, how) if how != "plain" else numbers)
-    if case.how[2] == "plain":
-        data[2] = data[2].mT.contiguous().mT  # as the quantiser leaves it
+        read = torch.where(given.isnan(), torch.full_like(numbers, math.nan), numbers)
+        # plain is as the quantiser leaves it, with what lies between the rows
+        data.append(numbers.copy_(read) if how == "plain" else laid_out(read, how))
     scales = [scale for _, scale in quantised]
     kwargs: dict[str, Any] = {"scale": call.kwargs["scale"], "dtype": dtype}
     kwargs["sequences"] = call.kwargs.get("sequences")
@@ -110,6 +136,20 @@ def as_case(case: AttentionCase) -> Case:
     """An attention case for this op; the dtype is the result's."""
     facts = case.case("block_attention").more_facts
     facts = {name: facts[name] for name in ("block_size", "head_dim", "lengths")}
+    value_dim = case.head_dim if case.value_dim is None else case.value_dim
+    # v by column; rows of the result of 16 bits, and where heads come last also those of q and k,
+    # in steps of 16 bytes
+    facts["tma"] = (
+        case.head_dim > 0
+        and value_dim > 0
+        and value_dim % 8 == 0
+        and case.stored.shape[1] > 0
+        and case.how[2] == "plain"
+        and all(
+            how == "plain" or (how == "heads_last" and case.head_dim % 16 == 0)
+            for how in case.how[:2]
+        )
+    )
     return Case(case.name, functools.partial(build, case), case.small, facts)
 
 

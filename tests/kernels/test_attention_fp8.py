@@ -16,7 +16,7 @@ from torch import Tensor
 
 import sparse_layouts as sl
 from sparse_layouts.dispatch import Facts
-from sparse_layouts.kernels import requirements
+from sparse_layouts.kernels import block_attention_fp8, requirements
 from sparse_layouts.kernels.block_attention import heads
 from sparse_layouts.kernels.block_attention_fp8 import OP, quantize
 from sparse_layouts.kernels.block_attention_fp8.quantize import E4M3, ROWS_PER_SCALE, SMALLEST_SCALE
@@ -24,6 +24,7 @@ from sparse_layouts.measuring import relative_error
 from tests.kernels.accuracy import check_call
 from tests.kernels.cases import Call
 from tests.kernels.test_public_calls import host_syncs_raise
+from tests.kernels.test_recall import on_hopper
 
 FP8 = sl.FP8Operand
 LARGEST = 448.0
@@ -547,13 +548,50 @@ def test_the_kernel_is_for_tensor_cores_that_multiply_8_bits() -> None:
         assert requirements.triton_attention_fp8(facts._replace(**wrong)) is not None, wrong
 
 
+def test_the_hopper_kernel_is_for_what_its_tiles_hold() -> None:
+    facts = Facts("cuda", torch.bfloat16, capability=(9, 0), triton=(3, 6, 0), tma=True)
+    facts = facts._replace(block_size=(64, 64), head_dim=128)
+    assert requirements.hopper_attention_fp8(facts) is None
+    for wrong, words in (
+        ({"capability": (10, 0)}, "compute capability 9.0"),
+        ({"dtype": torch.float32}, "float16 and bfloat16"),
+        ({"block_size": (64, 32)}, "at least 64"),
+        ({"head_dim": 160}, "up to 128"),
+        ({"lengths": True}, "sequences"),
+        ({"tma": False}, "quantize_fp8"),
+    ):
+        reason = requirements.hopper_attention_fp8(facts._replace(**wrong))
+        assert reason is not None, wrong
+        assert words in reason
+
+
+def test_what_the_quantiser_makes_can_be_read_by_the_copy_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(block_attention_fp8, "capability_of", lambda device: (9, 0))
+
+    def tma(q: Any, k: Any, v: Any) -> bool:
+        return block_attention_fp8.facts(
+            q.data, k.data, v.data, q.dtype, (64, 64), lengths=False
+        ).tma
+
+    for tokens, head_dim in ((100, 64), (77, 72), (64, 128)):
+        q, k, v = sl.quantize_fp8(*[normal(1, 2, tokens, head_dim) for _ in range(3)])
+        assert tma(q, k, v)
+        assert not tma(q, k, v._replace(data=v.data.contiguous()))
+        assert not tma(q._replace(data=q.data.mT.contiguous().mT), k, v)
+    odd = sl.quantize_fp8(*[normal(1, 2, 64, 60) for _ in range(3)])
+    assert not tma(*odd)  # rows of the result do not begin at multiples of 16 bytes
+
+
 @on_gpu
 def test_the_kernel_is_chosen(device: str) -> None:
     *operands, mask = square(device)
     quantised = sl.quantize_fp8(*operands)
     with sl.trace() as steps:
         out = sl.attention(*quantised, mask)
-    assert [s.kernel for s in steps if s.what == OP] == ["triton"]
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert [s.kernel for s in steps if s.what == OP] == ["hopper" if hopper else "triton"]
     with sl.kernel_choice(**{OP: "dequantized"}):
         other = sl.attention(*quantised, mask)
     # at most the probabilities are rounded to e4m3
@@ -608,3 +646,55 @@ def test_captured_in_a_cuda_graph(device: str) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, whole_way(*operands, mask))
+
+
+# --- called again ---------------------------------------------------------------------------------
+
+
+def usual(q: Any, k: Any, v: Any, mask: sl.BSRTensor) -> Tensor:
+    """The result by the usual way, with the same kernel."""
+    with sl.kernel_choice(**{OP: "hopper"}):
+        found: Tensor = sl.attention(q, k, v, mask)
+    return found
+
+
+@on_hopper
+@pytest.mark.parametrize("make", [square, fewer_queries_and_kv_heads])
+def test_recalled_calls_give_the_same_bits(make: Callable[[str], Given], device: str) -> None:
+    mask = make(device)[-1]
+    for _ in range(4):
+        quantised = sl.quantize_fp8(*make(device)[:3])
+        assert torch.equal(sl.attention(*quantised, mask), usual(*quantised, mask))
+    assert len(mask._recalled or {}) == 1
+    q, k, v = quantised
+    # another dtype of the result, another scale, other strides, no mean: other calls
+    for other in (
+        (q._replace(dtype=torch.float16), k, v),
+        (q._replace(data=q.data.clone().transpose(1, 2).contiguous().transpose(1, 2)), k, v),
+        (q, k._replace(shift=None), v),
+    ):
+        for _ in range(2):
+            assert torch.equal(sl.attention(*other, mask), usual(*other, mask))
+    assert len(mask._recalled or {}) == 4
+    with pytest.raises(NotImplementedError, match="asks for a gradient"):
+        sl.attention(q._replace(scale=q.scale.clone().requires_grad_()), k, v, mask)
+    with pytest.raises(ValueError, match=r"expected k.shift to be"):
+        sl.attention(q, k._replace(shift=k.shift[..., :8]), v, mask)  # type: ignore[index]
+    with pytest.raises(TypeError, match=r"k.scale is torch.float32, got torch.float64"):
+        sl.attention(q, k._replace(scale=k.scale.double()), v, mask)
+
+
+@on_hopper
+def test_a_recalled_call_does_not_wait_and_is_captured(device: str) -> None:
+    *operands, mask = square(device)
+    quantised = sl.quantize_fp8(*operands)
+    expected = sl.attention(*quantised, mask)
+    with host_syncs_raise():
+        assert sl.attention(*quantised, mask).shape == expected.shape
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = sl.attention(*quantised, mask)
+    captured.fill_(math.nan)
+    for _ in range(2):
+        graph.replay()
+    assert torch.equal(captured, expected)

@@ -1,4 +1,6 @@
-"""Which tile the Triton kernels of attention take, by how alike neighbouring block rows are."""
+"""Which tile the Triton kernels of attention take, and which gradients are theirs on Hopper, by how
+alike neighbouring block rows are.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,12 @@ import torch
 
 import sparse_layouts as sl
 from sparse_layouts.block_pattern import BlockPattern, transpose_pattern
-from sparse_layouts.kernels.block_attention.tile_schedule import TILE_ROWS, tile_fill
+from sparse_layouts.kernels import block_attention, requirements
+from sparse_layouts.kernels.block_attention.tile_schedule import (
+    TILE_ROWS,
+    fill_both_ways,
+    tile_fill,
+)
 from sparse_layouts.kernels.block_attention.triton_backward_columns import COLUMN_TILES
 from sparse_layouts.kernels.block_attention.triton_backward_rows import ROW_TILES
 from sparse_layouts.kernels.block_attention.triton_common import (
@@ -94,3 +101,46 @@ def test_a_gpu_without_a_row_is_named(table: list[TileRow]) -> None:
     with pytest.raises(NotImplementedError, match="2-byte elements, head size 256, 64 KB"):
         choose(table, 2, 256, 64, 64, lambda: 1.0)
     assert shared_memory_kb(torch.device("cpu")) == 227
+
+
+def test_fill_both_ways_counts_what_rows_and_columns_visit() -> None:
+    pairs = torch.rand(20, 40, generator=torch.Generator().manual_seed(0)) < 0.1
+    p = sl.bsr_mask(pairs.repeat_interleave(2, 0), 16).block_pattern  # rows alike, columns not
+    rows, columns = tile_fill(p), tile_fill(transpose_pattern(p))
+    assert rows > 1.5 * columns
+    visited = p.num_blocks / rows + p.num_blocks / columns
+    assert fill_both_ways(p) == pytest.approx(2 * p.num_blocks / visited)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("block", "make", "by_triton"),
+    [
+        (16, random_mask, True),
+        (16, alike, False),
+        (32, random_mask, True),
+        (32, alike, False),
+        (64, random_mask, False),
+    ],
+)
+def test_on_hopper_unlike_small_blocks_have_their_gradients_from_triton(
+    block: int,
+    make: type[sl.BSRTensor],
+    by_triton: bool,
+    head_dim: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(block_attention, "capability_of", lambda device: (9, 0))
+    p: BlockPattern = make(block).block_pattern
+    q = torch.zeros(1, 2, p.shape[0], head_dim, dtype=torch.bfloat16)
+    options = {"bias": False, "lengths": False}
+    facts = block_attention.facts(q, q, q, p, **options, gradients=True)
+    assert (facts.fill > 0) == (block < 64)
+    # the forward and sequences do not ask
+    assert block_attention.facts(q, q, q, p, **options).fill == 0
+    lengths = options | {"lengths": True}
+    assert block_attention.facts(q, q, q, p, **lengths, gradients=True).fill == 0
+    on_gpu = facts._replace(device="cuda", capability=(9, 0), triton=(3, 6, 0))
+    reason = requirements.hopper_attention_two_passes(on_gpu)
+    assert (reason is not None) == by_triton, reason
+    assert reason is None or f"not {facts.fill}" in reason

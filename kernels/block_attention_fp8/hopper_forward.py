@@ -1,0 +1,97 @@
+"""block_attention_fp8 on Hopper, by the Gluon kernel of block_attention: both products of e4m3
+factors, values by column, a scale of every row and of every tile of keys in the softmax's exponent.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparse_layouts.block_pattern import BlockPattern
+from sparse_layouts.kernels.block_attention.hopper_forward import forward_pass
+from sparse_layouts.kernels.block_attention.sequences import Sequences
+from sparse_layouts.kernels.block_attention_fp8.quantize import dequantize
+from sparse_layouts.kernels.hopper_common import work_counter
+
+
+def block_attention_fp8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    k_shift: Tensor | None,
+    pattern: BlockPattern,
+    head_map: Tensor,
+    *,
+    scale: float,
+    dtype: torch.dtype,
+    sequences: Sequences | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` as `reference.block_attention_fp8` defines them, in bf16 or fp16."""
+    assert sequences is None, "its requirement excludes sequences"
+    out = torch.empty(*q.shape[:-1], v.shape[-1], device=q.device, dtype=dtype)
+    lse = torch.empty(q.shape[:-1], device=q.device, dtype=torch.float32)
+    if lse.numel() == 0 or pattern.num_blocks == 0 or k.shape[2] == 0:
+        return out.zero_(), lse.fill_(-math.inf)
+    scales = (q_scale.contiguous(), k_scale.contiguous(), v_scale.contiguous())
+    with torch.cuda.device_of(q):
+        forward_pass(q, k, v, out, lse, pattern, head_map, scale, scales=scales).run()
+    if k_shift is not None:
+        # a number for each row, which changes no probability
+        queries, group = dequantize(q, q_scale, torch.float32), q.shape[1] // k.shape[1]
+        shift = k_shift.repeat_interleave(group, 1)
+        added = scale * (queries * shift).sum(-1)
+        lse = torch.where(lse.isneginf(), lse, lse + added)
+    return out, lse
+
+
+class PreparedForward:
+    """Calls on operands like these, contiguous scales too: all but addresses is settled."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scales: tuple[Tensor, Tensor, Tensor],
+        out: Tensor,
+        pattern: BlockPattern,
+        head_map: Tensor,
+        scale: float,
+    ) -> None:
+        lse = torch.empty(q.shape[:-1], device=q.device, dtype=torch.float32)
+        launch = forward_pass(q, k, v, out, lse, pattern, head_map, scale, scales=scales)
+        self._programs, self._device = launch.programs, q.device
+        names = ("out_ptr", "lse_ptr", "counter_ptr", "q_scale_ptr", "k_scale_ptr", "v_scale_ptr")
+        self._packed = launch.pack(*names)
+        self._packed.number("wants_lse", 0)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_scale: Tensor,
+        k_scale: Tensor,
+        v_scale: Tensor,
+        out: Tensor,
+        stream: int,
+    ) -> None:
+        """Writes `out`."""
+        packed = self._packed
+        with packed.lock:
+            packed.describe("q_desc", q.data_ptr())
+            packed.describe("k_desc", k.data_ptr())
+            packed.describe("v_desc", v.data_ptr())
+            packed.point("q_scale_ptr", q_scale.data_ptr())
+            packed.point("k_scale_ptr", k_scale.data_ptr())
+            packed.point("v_scale_ptr", v_scale.data_ptr())
+            address = out.data_ptr()
+            packed.describe("out_desc", address)
+            packed.point("out_ptr", address)
+            packed.point("counter_ptr", work_counter(self._device, stream).data_ptr())
+            packed.launch(self._programs, stream)
