@@ -35,8 +35,8 @@ class Facts(NamedTuple):
     `torch.use_deterministic_algorithms` is set, told only by ops that have a kernel without that
     promise. Of attention: whether there is a `bias`, whether its operands are sequences of several
     `lengths`, and bytes of the scores that a key head stores (`head_bytes`; 0 if few, and off
-    Hopper), and for gradients with small blocks how alike neighbours are (`fill`: how many
-    sixteenths are stored of what tiles of 64 rows and of 64 columns visit, rounded down; 0 for
+    Hopper), and with small blocks how alike neighbours are (`fill`: how many sixteenths are stored
+    of what tiles of 64 rows visit, for gradients also tiles of 64 columns, rounded down; 0 for
     larger blocks, sequences, and off Hopper). `tma`: whether Hopper's copy engine can read the
     operands, in products by blocks also copies of them that pay, and write the result (False off
     Hopper). `partial`: whether a sampled product's pattern has blocks that are stored in part, or

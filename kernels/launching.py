@@ -11,7 +11,7 @@ import ctypes
 import functools
 import struct
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,6 @@ _MAP_BYTES = 128
 _PARAMETER_BUFFER, _PARAMETER_BUFFER_SIZE, _PARAMETERS_END = 1, 2, 0
 _MAP_DTYPES = {torch.int32: 3, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 _MAP_DTYPES[torch.float8_e4m3fn] = 0  # copied as bytes
-_MAP_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _MAP_PROMOTION_128 = 2
 _MAY_BEGIN_EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 # addresses that a described tensor may have before older ones are forgotten
@@ -78,15 +77,17 @@ def _checked(what: str, status: int) -> None:
 
 
 class _Map:
-    """A tensor map's parameter: how the copy engine reads a tensor, but for its address."""
+    """A tensor map's parameter: how the copy engine reads a tensor, but for its address. `compiled`
+    is what Triton says of it: the box that is moved at once, and its swizzle.
+    """
 
-    def __init__(self, descriptor: Any, offset: int) -> None:
+    def __init__(self, descriptor: Any, offset: int, compiled: Mapping[str, Any]) -> None:
         rank, size = len(descriptor.shape), descriptor.base.element_size()
         self.offset = offset
         self.rank = rank
         self.dtype = _MAP_DTYPES[descriptor.base.dtype]
-        self.swizzle = _MAP_SWIZZLES[descriptor.layout.swizzle_byte_width]
-        inner_first = [values[::-1] for values in (descriptor.shape, descriptor.block_shape)]
+        self.swizzle = compiled["swizzle"]
+        inner_first = [values[::-1] for values in (descriptor.shape, compiled["block_size"])]
         self.sizes = (ctypes.c_uint64 * rank)(*inner_first[0])
         self.box = (ctypes.c_uint32 * rank)(*inner_first[1])
         steps = [step * size for step in descriptor.strides[:-1]][::-1]
@@ -171,7 +172,8 @@ class PackedLaunch:
         self._maps: dict[str, _Map] = {}
         given = {**arguments, **options}
         in_order = {name: given[name] for name in kernel.arg_names}
-        self._pack_all(compiled.src.signature, in_order, iter(places))
+        maps = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+        self._pack_all(compiled.src.signature, in_order, iter(places), maps)
         self._launch = _driver().cuLaunchKernel
 
     def _places(self) -> list[tuple[int, int]]:
@@ -192,7 +194,11 @@ class PackedLaunch:
         return found
 
     def _pack_all(
-        self, signature: Mapping[str, str], arguments: Mapping[str, Any], at: Any
+        self,
+        signature: Mapping[str, str],
+        arguments: Mapping[str, Any],
+        at: Iterator[tuple[int, int]],
+        maps: Iterator[Mapping[str, Any]],
     ) -> None:
         for name, value in arguments.items():
             kind = signature[name]
@@ -200,7 +206,7 @@ class PackedLaunch:
                 continue
             if kind.startswith("tensordesc"):
                 # a descriptor is its map, then sizes and strides, which compiled code may read
-                self._maps[name] = _Map(value, next(at)[0])
+                self._maps[name] = _Map(value, next(at)[0], next(maps))
                 self.describe(name, value.base.data_ptr())
                 for size in value.shape:
                     struct.pack_into("<i", self._buffer, next(at)[0], size)
@@ -233,6 +239,13 @@ class PackedLaunch:
         blob = which.known.get(address) or which.encode(address)
         self._bytes[which.offset : which.offset + _MAP_BYTES] = blob
 
+    def move(self, name: str, address: int) -> None:
+        """Sets the address of a tensor, whether it is described or not."""
+        if name in self._maps:
+            self.describe(name, address)
+        else:
+            self.point(name, address)
+
     def launch(self, programs: int, stream: int) -> None:
         """Launches on a CUDA stream of the current device."""
         if self._early is not None:
@@ -260,6 +273,52 @@ class PackedLaunch:
         status = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, None, self._extra)
         if status != 0:
             _checked("cuLaunchKernelEx", status)
+
+
+class PassLaunch(NamedTuple):
+    """A launch of a pass: how many programs, the arguments by name, constants and options."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        """Launches through Triton, on the current device."""
+        self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+    def pack(self, *moving: str) -> PackedLaunch:
+        """What launches it again; of the pointers those named have other addresses then."""
+        return PackedLaunch(self.kernel, self.arguments, self.options, moving)
+
+
+class PreparedLaunches:
+    """Launches, one after another, that differ from earlier ones in the addresses of tensors.
+
+    `moving` are the tensors' names: those of the kernels' parameters, without `_ptr` or `_desc`
+    behind them.
+    """
+
+    def __init__(self, launches: Iterable[PassLaunch], moving: Sequence[str]) -> None:
+        self._steps: list[tuple[PackedLaunch, int, list[tuple[str, int]]]] = []
+        for launch in launches:
+            taken = [
+                (name, place)
+                for place, tensor in enumerate(moving)
+                for name in (tensor, f"{tensor}_ptr", f"{tensor}_desc")
+                if launch.arguments.get(name) is not None
+            ]
+            packed = launch.pack(*(name for name, _ in taken))
+            self._steps.append((packed, launch.programs, taken))
+
+    def launch(self, tensors: Sequence[Tensor], stream: int) -> None:
+        """With the tensors in the order of their names, on a CUDA stream of the current device."""
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        for packed, programs, taken in self._steps:
+            with packed.lock:
+                for name, place in taken:
+                    packed.move(name, addresses[place])
+                packed.launch(programs, stream)
 
 
 # launches that are remembered before all are forgotten

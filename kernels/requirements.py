@@ -185,13 +185,38 @@ def hopper_attention_backward(facts: Facts) -> str | None:
     return None
 
 
-# From how many sixteenths of fill on two passes are faster than Triton's tiles, by the block's edge
-# and head sizes up to 64 or beyond. Tiles of 64 rows or columns compute what they visit, those of
-# 16 what is stored. Triton's backward over two passes, bf16, H 16, N 8192, one H200 (2026-11-27),
-# with the fill: random blocks of 16, D 128 0.71 (0.29, 10% stored), 0.79 (0.26, 2%), 1.25 (0.46,
-# 40%), pairs of equal rows 0.83 (0.37), local stride 1.71 (0.96); D 64 0.61 (0.29), 0.98 (0.46); D
-# 96 and 256 0.73 (0.29). Random blocks of 32, 10%: D 128 0.92, D 64 0.78 (0.53).
+# Tiles of 64 rows or columns compute all that they visit, Triton's of 16 what is stored. From how
+# many sixteenths of fill on the Hopper kernels are the faster ones, by the block's edge and head
+# sizes up to a number. Triton's time over theirs, bf16, H 16, N 8192, one H200 (2026-11-27), with
+# the fill; random blocks of 16 are 2 to 10% stored at 0.26 to 0.29, 40% at 0.46:
+# - forward, blocks of 16: D 64 0.68 (0.27), 0.68 (0.29), 1.02 (0.46); D 128 0.87 to 0.93 (0.26 to
+#   0.29), 1.46 (0.46), 1.21 (0.53, pairs of equal rows); D 256 1.02 (0.29). Blocks of 32 at 0.53:
+#   1.23 and 1.10.
+# - backward, blocks of 16: D 64 0.61 (0.29), 0.98 (0.46); D 128 0.79 (0.26), 0.71 (0.29), 0.83
+#   (0.37), 1.25 (0.46), 1.71 (0.96, local stride); D 96 and 256 0.73 (0.29). Blocks of 32: D 64
+#   0.78, D 128 0.92 (0.53).
+FORWARD_FILL = {(16, 64): 7, (16, 128): 5}
 TWO_PASSES_FILL = {(16, 64): 7, (16, 256): 6, (32, 64): 10, (32, 256): 9}
+
+
+def _unlike(facts: Facts, least: dict[tuple[int, int], int]) -> str | None:
+    """Why small blocks' neighbours are too unlike for tiles of 64, from the first line of the table
+    that holds the block and the head size.
+    """
+    for (edge, head_dim), fill in least.items():
+        if min(facts.block_size) == edge and facts.head_dim <= head_dim:
+            if 0 < facts.fill < fill:
+                return (
+                    f"takes small blocks whose neighbours are alike: {fill} sixteenths stored of "
+                    f"what tiles of 64 visit, not {facts.fill}"
+                )
+            return None
+    return None
+
+
+def hopper_attention_forward(facts: Facts) -> str | None:
+    """As `hopper_attention`; blocks of 16 whose neighbouring rows are alike."""
+    return hopper_attention(facts) or _unlike(facts, FORWARD_FILL)
 
 
 def hopper_attention_two_passes(facts: Facts) -> str | None:
@@ -203,15 +228,7 @@ def hopper_attention_two_passes(facts: Facts) -> str | None:
     # instead of five. Local stride, H 16, N 8192, D 128, bf16, blocks of 64, one H200 (2026-11-26):
     # 0.55 ms, that one 0.51, Triton's 0.64. Triton's backward took 1.36 times as long as this at D
     # 192 and 256, and 1.3 to 1.5 with blocks of 16 and 32 and over sequences.
-    reason = hopper_attention(facts)
-    if reason is None and facts.fill:
-        least = TWO_PASSES_FILL[min(facts.block_size), 64 if facts.head_dim <= 64 else 256]
-        if facts.fill < least:
-            reason = (
-                f"takes small blocks whose neighbours are alike: {least} sixteenths stored of what "
-                f"tiles of 64 visit, not {facts.fill}"
-            )
-    return reason
+    return hopper_attention(facts) or _unlike(facts, TWO_PASSES_FILL)
 
 
 # Columns of the dense operand, as powers of two count. One H200, bf16, a quarter of the blocks of

@@ -41,12 +41,16 @@ from sparse_layouts.kernels.block_attention.sequences import (
     padded_sequences,
     sequences_of,
 )
-from sparse_layouts.kernels.block_attention.tile_schedule import TILE_ROWS, fill_both_ways
+from sparse_layouts.kernels.block_attention.tile_schedule import (
+    TILE_ROWS,
+    fill_both_ways,
+    tile_fill,
+)
 from sparse_layouts.layout_autograd import apply, differentiates, unwrapped
 
 OP, BACKWARD = "block_attention", "block_attention_backward"
 _HERE = "sparse_layouts.kernels.block_attention"
-register_kernel(OP, "hopper", f"{_HERE}.hopper_forward:{OP}", requirements.hopper_attention)
+register_kernel(OP, "hopper", f"{_HERE}.hopper_forward:{OP}", requirements.hopper_attention_forward)
 register_kernel(OP, "triton", f"{_HERE}.triton_forward:{OP}", requirements.triton_attention)
 register_kernel(OP, "cpu", f"{_HERE}.cpu:{OP}", requirements.cpu)
 register_kernel(
@@ -81,7 +85,13 @@ def facts(
     to 4-D.
     """
     hopper = capability_of(q.device) == (9, 0)
-    small = gradients and hopper and not lengths and max(pattern.block_size) < TILE_ROWS
+    fill = 0.0
+    if hopper and not lengths:
+        block = max(pattern.block_size)
+        if gradients and block < TILE_ROWS:
+            fill = fill_both_ways(pattern)
+        elif not gradients and block < TILE_ROWS // 2:
+            fill = tile_fill(pattern)
     return facts_of(
         q,
         block_size=pattern.block_size,
@@ -90,7 +100,7 @@ def facts(
         lengths=lengths,
         tma=hopper and all(map(_tma_readable, (q, k, v))),
         head_bytes=_head_bytes(q, k, pattern) if hopper else 0,
-        fill=int(16 * fill_both_ways(pattern)) if small else 0,
+        fill=int(16 * fill),
     )
 
 

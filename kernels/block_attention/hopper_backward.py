@@ -21,7 +21,6 @@ from sparse_layouts.kernels.block_attention.hopper_backward_kernel import (
     hopper_attention_backward,
 )
 from sparse_layouts.kernels.block_attention.hopper_common import (
-    PassLaunch,
     bundle_size,
     terms_strides,
 )
@@ -43,7 +42,7 @@ from sparse_layouts.kernels.hopper_common import (
     rows_descriptor_type,
     work_counter,
 )
-from sparse_layouts.kernels.launching import PackedLaunch
+from sparse_layouts.kernels.launching import PackedLaunch, PassLaunch
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES
 
 # Keys, values, queries and their gradients of the heads worked on together: an H200's L2. Local

@@ -6,7 +6,7 @@ consumer warpgroups, which multiply.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -22,7 +22,6 @@ from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_attention.triton_common import kept_scale
 from sparse_layouts.kernels.block_attention.unit_schedule import UNIT, UnitSchedule
 from sparse_layouts.kernels.hopper_common import rows_descriptor, wait_full, work_counter
-from sparse_layouts.kernels.launching import PackedLaunch
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -303,23 +302,6 @@ def bundle_size(samples: int, bytes_each: int, budget: int) -> int:
     """
     bundles = max(1, round(samples * bytes_each / budget))
     return max(1, -(-samples // bundles))
-
-
-class PassLaunch(NamedTuple):
-    """A launch of a pass: how many programs, the arguments by name, constants and options."""
-
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-
-    def run(self) -> None:
-        """Launches through Triton, on the current device."""
-        self.kernel[(self.programs,)](**self.arguments, **self.options)
-
-    def pack(self, *moving: str) -> PackedLaunch:
-        """What launches it again; of the pointers those named have other addresses then."""
-        return PackedLaunch(self.kernel, self.arguments, self.options, moving)
 
 
 def terms_strides(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> dict[str, int]:

@@ -11,7 +11,6 @@ from sparse_layouts.block_pattern import BlockPattern, transpose_pattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.heads import shared_lists
 from sparse_layouts.kernels.block_attention.hopper_common import (
-    PassLaunch,
     bundle_size,
     keys_operands,
     pass_arguments,
@@ -25,6 +24,7 @@ from sparse_layouts.kernels.block_attention.triton_common import (
 )
 from sparse_layouts.kernels.block_attention.unit_schedule import UNIT, unit_schedule
 from sparse_layouts.kernels.hopper_common import multiprocessors, rows_descriptor_type
+from sparse_layouts.kernels.launching import PassLaunch
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES
 
 # Queries and their gradients of the heads that are worked on together; as the pass that keeps a

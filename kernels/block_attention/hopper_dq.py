@@ -12,7 +12,6 @@ from sparse_layouts.block_pattern import BlockPattern
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention.heads import shared_lists
 from sparse_layouts.kernels.block_attention.hopper_common import (
-    PassLaunch,
     bundle_size,
     pass_arguments,
 )
@@ -28,6 +27,7 @@ from sparse_layouts.kernels.hopper_common import (
     rows_descriptor,
     rows_descriptor_type,
 )
+from sparse_layouts.kernels.launching import PassLaunch
 from sparse_layouts.kernels.triton_common import DTYPE_NAMES
 
 

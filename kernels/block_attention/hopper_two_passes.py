@@ -9,7 +9,7 @@ lengths.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -21,14 +21,13 @@ from sparse_layouts.derived import derived
 from sparse_layouts.kernels.ahead_of_time import Compilation
 from sparse_layouts.kernels.block_attention import hopper_dkdv, hopper_dkdv_wide, hopper_dq
 from sparse_layouts.kernels.block_attention.hopper_common import (
-    PassLaunch,
     sequence_table,
     terms_strides,
 )
 from sparse_layouts.kernels.block_attention.sequences import Sequences, padded_sequences
 from sparse_layouts.kernels.block_attention.triton_common import padded_head_dim, readied, signature
 from sparse_layouts.kernels.hopper_common import work_counter
-from sparse_layouts.kernels.launching import PackedLaunch
+from sparse_layouts.kernels.launching import PassLaunch, PreparedLaunches
 
 # rows that a program of `attention_terms` takes, by padded head size of v
 TERMS_ROWS = {128: 64, 64: 64, 256: 32, 32: 64, 16: 64}
@@ -116,36 +115,12 @@ def block_attention_backward(
     return dq, dk, dv, None
 
 
-# What moves between calls of a PreparedBackward; which of it the terms, the pass by column and the
-# pass by row take by descriptor, and which by pointer.
-_MOVING = ("q", "k", "v", "dout", "out", "lse", "terms", "dq", "dk", "dv", "counter")
-_TAKEN: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    ((), ("out", "dout", "lse", "terms")),
-    (("q", "k", "v", "dout", "dk", "dv"), ("dk", "dv", "terms", "counter")),
-    (("q", "k", "v", "dout", "dq"), ("dq", "terms", "counter")),
-)
-
-
-class _Step(NamedTuple):
-    """A launch of a PreparedBackward; its parameters that move, with their places in _MOVING."""
-
-    packed: PackedLaunch
-    programs: int
-    described: tuple[tuple[str, int], ...]
-    pointed: tuple[tuple[str, int], ...]
-
-
-def _step(launch: PassLaunch, described: tuple[str, ...], pointed: tuple[str, ...]) -> _Step:
-    by_descriptor = tuple((f"{name}_desc", _MOVING.index(name)) for name in described)
-    by_pointer = tuple((f"{name}_ptr", _MOVING.index(name)) for name in pointed)
-    packed = launch.pack(*dict(by_pointer))
-    return _Step(packed, launch.programs, by_descriptor, by_pointer)
-
-
 class PreparedBackward:
     """Backward passes on operands like these, without dropout, sequences and a gradient of lse: all
     but addresses is settled.
     """
+
+    MOVING = ("q", "k", "v", "dout", "out", "lse", "terms", "dq", "dk", "dv", "counter")
 
     def __init__(
         self,
@@ -169,8 +144,7 @@ class PreparedBackward:
         gradients = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
         operands = (dout, None, q, k, v, out, lse, terms_room(out), *gradients, pattern, head_map)
         launches = _launches(*operands, scale, 0.0, None, sequences, table)
-        taken = zip(launches, _TAKEN, strict=True)
-        self._steps = tuple(_step(launch, *names) for launch, names in taken)
+        self._launches = PreparedLaunches(launches, self.MOVING)
 
     def __call__(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, stream: int
@@ -181,15 +155,8 @@ class PreparedBackward:
             for gradient in (dq, dk, dv):
                 gradient.zero_()
         terms, counter = terms_room(out), work_counter(self._device, stream)
-        moving = (q, k, v, dout, out, lse, terms, dq, dk, dv, counter)  # as _MOVING names them
-        addresses = [tensor.data_ptr() for tensor in moving]
-        for packed, programs, described, pointed in self._steps:
-            with packed.lock:
-                for name, place in described:
-                    packed.describe(name, addresses[place])
-                for name, place in pointed:
-                    packed.point(name, addresses[place])
-                packed.launch(programs, stream)
+        moving = (q, k, v, dout, out, lse, terms, dq, dk, dv, counter)
+        self._launches.launch(moving, stream)
         return dq, dk, dv
 
 

@@ -2,8 +2,8 @@
 
 A GPU of today attends faster than Python checks operands, chooses a kernel and launches it: 250 to
 320 us of one server's CPU, 600 to 1000 for gradients, where the kernels of local-stride attention
-over 4096 tokens take 140 and 390 (2026-11-26). A call like an earlier one, in plain eager mode and
-on a Hopper GPU, is therefore launched as that one was, of which only the addresses change.
+over 4096 tokens take 140 and 390 (2026-11-26). A call like an earlier one, in plain eager mode, is
+therefore launched as that one was, of which only the addresses change.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from sparse_layouts.layout_autograd import apply
 from sparse_layouts.opaque import is_eager
 
 
-def _prepared(row: Kernel | None, name: str) -> Any:
+def prepared(row: Kernel | None, name: str) -> Any:
     """The class of that name in the file of a kernel, where it has one and the driver allows; else
-    None.
+    None. Such a class settles launches (`launching.PreparedLaunches`).
     """
-    if row is None or ".block_attention.hopper_" not in row.source or not can_pack():
+    if row is None or not can_pack():
         return None
     return getattr(importlib.import_module(row.source.partition(":")[0]), name, None)
 
@@ -61,7 +61,7 @@ class Settled:
         self.forward = forward(q, k, v, out, lse, self.pattern, self.head_map, scale)
         own = facts(q, k, v, self.pattern, bias=False, lengths=False, gradients=True)
         row = choose(BACKWARD, own)
-        self.prepare_backward = _prepared(row, "PreparedBackward")
+        self.prepare_backward = prepared(row, "PreparedBackward")
         self.backward: Any = None
 
     def stream(self) -> int:
@@ -206,7 +206,7 @@ def _settle(
     if v.shape[-1] != q.shape[-1] or q.numel() == 0 or k.numel() == 0 or p.num_blocks == 0:
         return None
     row = choose(OP, facts(q, k, v, p, bias=False, lengths=False))
-    forward = _prepared(row, "PreparedForward")
+    forward = prepared(row, "PreparedForward")
     if forward is None or torch._C._cuda_getDevice() != q.device.index:
         return None
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale

@@ -40,6 +40,7 @@ from sparse_layouts.kernels.block_attention.triton_common import (
     tma_ready,
 )
 from sparse_layouts.kernels.block_attention.triton_sequences import most_tiles, sequence_operands
+from sparse_layouts.kernels.launching import PassLaunch, PreparedLaunches
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -102,18 +103,66 @@ def block_attention_backward(
     The scores are computed twice, by columns for dk and dv and by rows for dq and dbias, so that
     every gradient is added up in one place and in one order: the same inputs give the same bits.
     """
+    with torch.cuda.device_of(q):
+        return launch_backward(
+            dout, dlse, q, k, v, out, lse, pattern, head_map, scale, dropout_p, seed, bias,
+            bias_base, dbias_base, dbias_blocks, *tiles_for(q, v, pattern), sequences,
+        )  # fmt: skip
+
+
+def tiles_for(q: Tensor, v: Tensor, pattern: BlockPattern) -> tuple[Tiles, Tiles]:
+    """From the tables: by column and by row."""
     head_dim, (bm, bn) = max(q.shape[-1], v.shape[-1]), pattern.block_size
     size, shared_kb = q.element_size(), shared_memory_kb(q.device)
     by_column = functools.partial(tile_fill, transpose_pattern(pattern))
     by_row = functools.partial(tile_fill, pattern)
-    with torch.cuda.device_of(q):
-        return launch_backward(
-            dout, dlse, q, k, v, out, lse, pattern, head_map, scale, dropout_p, seed, bias,
-            bias_base, dbias_base, dbias_blocks,
-            choose(COLUMN_TILES, size, head_dim, bn, shared_kb, by_column),
-            choose(ROW_TILES, size, head_dim, bm, shared_kb, by_row),
-            sequences,
-        )  # fmt: skip
+    return (
+        choose(COLUMN_TILES, size, head_dim, bn, shared_kb, by_column),
+        choose(ROW_TILES, size, head_dim, bm, shared_kb, by_row),
+    )
+
+
+class PreparedBackward:
+    """Backward passes on operands like these, without dropout, bias, sequences and a gradient of
+    lse: all but addresses is settled.
+    """
+
+    MOVING = ("q", "k", "v", "dout", "out", "lse", "lse2", "delta", "dq", "dk", "dv")
+
+    def __init__(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        pattern: BlockPattern,
+        head_map: Tensor,
+        scale: float,
+    ) -> None:
+        gradients = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None)
+        operands = (dout, None, q, k, v, out, lse, terms_room(q), gradients, pattern, head_map)
+        launches = backward_passes(*operands, scale, *tiles_for(q, v, pattern))
+        self._launches = PreparedLaunches(launches, self.MOVING)
+
+    def __call__(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, stream: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(dq, dk, dv)`; `dout` has out's strides."""
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        lse2, delta = terms_room(q)
+        self._launches.launch((q, k, v, dout, out, lse, lse2, delta, dq, dk, dv), stream)
+        return dq, dk, dv
+
+
+def terms_room(q: Tensor) -> Tensor:
+    """Room for what both passes need of every row of q: lse in base 2 and delta (2, B, H, Nq); rows
+    stand 16 bytes apart, as descriptors want them.
+    """
+    batch, heads, nq, _ = q.shape
+    room = torch.empty(2, batch, heads, -(-nq // 4) * 4, device=q.device, dtype=torch.float32)
+    return room[..., :nq]
 
 
 def launch_backward(
@@ -139,15 +188,13 @@ def launch_backward(
     tma: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """:func:`block_attention_backward` with given tiles, to measure; `tma=False`: plain loads."""
-    (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
-    m, (bm, bn) = pattern.shape[0], pattern.block_size
-    head_map = head_map.contiguous()
-    bias_base = None if bias_base is None else bias_base.contiguous()
+    head_dim, nk, value_dim = q.shape[-1], k.shape[2], v.shape[-1]
+    bm, bn = pattern.block_size
     dbias_base = None if dbias_base is None else dbias_base.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dbias = None
     if bias is not None and dbias_base is not None:
-        own = batch if sequences is None else sequences.num_sequences
+        own = q.shape[0] if sequences is None else sequences.num_sequences
         samples = 1 if dbias_base.shape[0] > 1 else own
         dbias = bias.new_zeros(samples, dbias_blocks, bm, bn)
     if lse.numel() == 0 or pattern.num_blocks == 0 or head_dim == 0 or value_dim == 0:
@@ -158,12 +205,47 @@ def launch_backward(
             gradient.zero_()
         if sequences.num_sequences == 0 or nk == 0:
             return dq, dk, dv, dbias
-    # rows of terms stand 16 bytes apart, as descriptors want them
-    terms = torch.empty(2, batch, heads, -(-nq // 4) * 4, device=q.device, dtype=torch.float32)
-    lse2, delta = terms[..., :nq]
+    gradients = (dq, dk, dv, dbias)
+    operands = (dout, dlse, q, k, v, out, lse, terms_room(q), gradients, pattern, head_map, scale)
+    options = (dropout_p, seed, bias, bias_base, dbias_base, sequences, tma)
+    for launch in backward_passes(*operands, by_column, by_row, *options):
+        launch.run()
+    return gradients
+
+
+def backward_passes(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    terms: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    pattern: BlockPattern,
+    head_map: Tensor,
+    scale: float,
+    by_column: Tiles,
+    by_row: Tiles,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_base: Tensor | None = None,
+    dbias_base: Tensor | None = None,
+    sequences: Sequences | None = None,
+    tma: bool = True,
+) -> list[PassLaunch]:
+    """Of the terms, by column, by row; `gradients` are dq, dk, dv and dbias."""
+    (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
+    m, (bm, bn) = pattern.shape[0], pattern.block_size
+    head_map = head_map.contiguous()
+    bias_base = None if bias_base is None else bias_base.contiguous()
+    dq, dk, dv, dbias = gradients
+    lse2, delta = terms
     d, dv_tile = padded_head_dim(head_dim), padded_head_dim(value_dim)
     rows_of_terms = max(16, 4096 // dv_tile)
-    attention_row_terms[(triton.cdiv(lse.numel(), rows_of_terms),)](
+    values = (
         out,
         dout,
         lse,
@@ -179,9 +261,11 @@ def launch_backward(
         nq,
         lse.numel(),
         value_dim,
-        ROWS=rows_of_terms,
-        DV=dv_tile,
-        num_warps=4,
+    )
+    options = {"ROWS": rows_of_terms, "DV": dv_tile, "num_warps": 4}
+    arguments = dict(zip(attention_row_terms.arg_names, values, strict=False))
+    of_terms = PassLaunch(
+        attention_row_terms, triton.cdiv(lse.numel(), rows_of_terms), arguments, options
     )
     dropout = seed is not None and dropout_p > 0
     sizes = (m - nq, nq, nk, head_dim, value_dim)
@@ -213,7 +297,7 @@ def launch_backward(
     # a descriptor's rows of terms are read from 16-byte boundaries
     use_tma = tma and bm >= by_column.rows and (m - nq) % 4 == 0
     use_tma = use_tma and tma_ready(q) and tma_ready(dout)
-    attention_backward_columns[(num_tiles * kv_heads * batch,)](
+    values = (
         tile_descriptor(q, by_column.rows, d) if use_tma else q,
         k,
         v,
@@ -241,12 +325,18 @@ def launch_backward(
         *sizes,
         *numbers,
         *lengths,
-        TMA=use_tma,
+    )
+    options = {
+        "TMA": use_tma,
         **flags,
-        TM=by_column.rows,
-        TN=by_column.columns,
-        STAGES=by_column.num_stages,
-        num_warps=by_column.num_warps,
+        "TM": by_column.rows,
+        "TN": by_column.columns,
+        "STAGES": by_column.num_stages,
+        "num_warps": by_column.num_warps,
+    }
+    arguments = dict(zip(attention_backward_columns.arg_names, values, strict=False))
+    of_columns = PassLaunch(
+        attention_backward_columns, num_tiles * kv_heads * batch, arguments, options
     )
 
     schedule = tile_schedule(
@@ -264,7 +354,7 @@ def launch_backward(
     if sequences is not None:
         num_tiles = most_tiles(sequences, nq, by_row.rows, m, aligned=False)
     use_tma = tma and bn >= by_row.columns and tma_ready(k) and tma_ready(v)
-    attention_backward_rows[(num_tiles * heads * batch,)](
+    values = (
         q,
         tile_descriptor(k, by_row.columns, d) if use_tma else k,
         tile_descriptor(v, by_row.columns, dv_tile) if use_tma else v,
@@ -295,14 +385,18 @@ def launch_backward(
         *sizes,
         *numbers,
         *lengths,
-        TMA=use_tma,
-        **flags,
-        TM=by_row.rows,
-        TN=by_row.columns,
-        STAGES=by_row.num_stages,
-        num_warps=by_row.num_warps,
     )
-    return dq, dk, dv, dbias
+    options = {
+        "TMA": use_tma,
+        **flags,
+        "TM": by_row.rows,
+        "TN": by_row.columns,
+        "STAGES": by_row.num_stages,
+        "num_warps": by_row.num_warps,
+    }
+    arguments = dict(zip(attention_backward_rows.arg_names, values, strict=False))
+    of_rows = PassLaunch(attention_backward_rows, num_tiles * heads * batch, arguments, options)
+    return [of_terms, of_columns, of_rows]
 
 
 def compilations() -> Iterator[Compilation]:

@@ -47,6 +47,7 @@ from sparse_layouts.kernels.block_attention.triton_sequences import (
     place_of,
     sequence_operands,
 )
+from sparse_layouts.kernels.launching import PassLaunch, PreparedLaunches
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -273,14 +274,50 @@ def block_attention(
     After FlashAttention-2 (Dao, arXiv 2307.08691): one pass over the stored blocks of a tile of
     rows, the softmax in base 2.
     """
-    head_dim, block = max(q.shape[-1], v.shape[-1]), pattern.block_size[0]
-    size, shared_kb = q.element_size(), shared_memory_kb(q.device)
-    fill = functools.partial(tile_fill, pattern)
-    tiles = choose(FORWARD_TILES, size, head_dim, block, shared_kb, fill)
+    tiles = tiles_for(q, v, pattern)
     with torch.cuda.device_of(q):
         return launch_forward(
             q, k, v, pattern, head_map, scale, dropout_p, seed, bias, bias_base, tiles, sequences
         )
+
+
+def tiles_for(q: Tensor, v: Tensor, pattern: BlockPattern) -> Tiles:
+    """From the table."""
+    head_dim, block = max(q.shape[-1], v.shape[-1]), pattern.block_size[0]
+    size, shared_kb = q.element_size(), shared_memory_kb(q.device)
+    fill = functools.partial(tile_fill, pattern)
+    return choose(FORWARD_TILES, size, head_dim, block, shared_kb, fill)
+
+
+class PreparedForward:
+    """Calls on operands like these, without dropout, bias and sequences: all but addresses is
+    settled.
+    """
+
+    MOVING = ("q", "k", "v", "out", "lse")
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        pattern: BlockPattern,
+        head_map: Tensor,
+        scale: float,
+    ) -> None:
+        tiles, self._lse_shape = tiles_for(q, v, pattern), lse.shape
+        launch = forward_pass(q, k, v, out, lse, pattern, head_map, scale, tiles)
+        self._launches = PreparedLaunches([launch], self.MOVING)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, stream: int
+    ) -> None:
+        """Writes `out` and, if there is one, `lse`."""
+        if lse is None:
+            lse = torch.empty(self._lse_shape, device=q.device, dtype=torch.float32)
+        self._launches.launch((q, k, v, out, lse), stream)
 
 
 def launch_forward(
@@ -299,12 +336,9 @@ def launch_forward(
     tma: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """:func:`block_attention` with a given tile, for measuring; `tma=False`: plain loads."""
-    (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
-    m, (bm, bn) = pattern.shape[0], pattern.block_size
-    head_map = head_map.contiguous()
-    bias_base = None if bias_base is None else bias_base.contiguous()
-    out = torch.empty_like(q) if value_dim == head_dim else q.new_empty(*q.shape[:-1], value_dim)
-    lse = torch.empty(batch, heads, nq, device=q.device, dtype=torch.float32)
+    value_dim = v.shape[-1]
+    out = torch.empty_like(q) if value_dim == q.shape[-1] else q.new_empty(*q.shape[:-1], value_dim)
+    lse = torch.empty(q.shape[:-1], device=q.device, dtype=torch.float32)
     if lse.numel() == 0 or pattern.num_blocks == 0 or value_dim == 0:
         return out.zero_(), lse.fill_(-math.inf)
     if sequences is not None:
@@ -313,6 +347,33 @@ def launch_forward(
         lse.fill_(-math.inf)
         if sequences.num_sequences == 0:
             return out, lse
+    operands = (q, k, v, out, lse, pattern, head_map, scale, tiles)
+    forward_pass(*operands, dropout_p, seed, bias, bias_base, sequences, tma).run()
+    return out, lse
+
+
+def forward_pass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pattern: BlockPattern,
+    head_map: Tensor,
+    scale: float,
+    tiles: Tiles,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_base: Tensor | None = None,
+    sequences: Sequences | None = None,
+    tma: bool = True,
+) -> PassLaunch:
+    """The launch of the kernel; `tma=False`: plain loads."""
+    (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
+    m, (bm, bn) = pattern.shape[0], pattern.block_size
+    head_map = head_map.contiguous()
+    bias_base = None if bias_base is None else bias_base.contiguous()
     schedule = tile_schedule(
         pattern,
         max(1, tiles.rows // bm),
@@ -332,7 +393,7 @@ def launch_forward(
     tma = tma and sequences is None and bn >= tiles.columns and tma_ready(k) and tma_ready(v)
     arrays, sizes = sequence_operands(sequences, pattern.shape)
     dropout = seed is not None and dropout_p > 0
-    attention_forward[(num_tiles * heads * batch,)](
+    values = (
         q,
         tile_descriptor(k, tiles.columns, d) if tma else k,
         tile_descriptor(v, tiles.columns, dv) if tma else v,
@@ -364,19 +425,22 @@ def launch_forward(
         dropout_threshold(dropout_p),
         kept_scale(dropout_p) if dropout else 1.0,
         *sizes,
-        TMA=tma,
-        POSITIVE=scale > 0,
-        BM=bm,
-        BN=bn,
-        TM=tiles.rows,
-        TN=tiles.columns,
-        D=d,
-        DV=dv,
-        PRECISION=precision(q.dtype),
-        STAGES=tiles.num_stages,
-        num_warps=tiles.num_warps,
     )
-    return out, lse
+    options = {
+        "TMA": tma,
+        "POSITIVE": scale > 0,
+        "BM": bm,
+        "BN": bn,
+        "TM": tiles.rows,
+        "TN": tiles.columns,
+        "D": d,
+        "DV": dv,
+        "PRECISION": precision(q.dtype),
+        "STAGES": tiles.num_stages,
+        "num_warps": tiles.num_warps,
+    }
+    arguments = dict(zip(attention_forward.arg_names, values, strict=False))
+    return PassLaunch(attention_forward, num_tiles * heads * batch, arguments, options)
 
 
 def compilations() -> Iterator[Compilation]:

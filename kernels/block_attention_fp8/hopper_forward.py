@@ -14,6 +14,7 @@ from sparse_layouts.kernels.block_attention.hopper_forward import forward_pass
 from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_attention_fp8.quantize import dequantize
 from sparse_layouts.kernels.hopper_common import work_counter
+from sparse_layouts.kernels.launching import PreparedLaunches
 
 
 def block_attention_fp8(
@@ -52,6 +53,13 @@ def block_attention_fp8(
 class PreparedForward:
     """Calls on operands like these, contiguous scales too: all but addresses is settled."""
 
+    MOVING = ("q", "k", "v", "q_scale", "k_scale", "v_scale", "out", "counter")
+
+    @staticmethod
+    def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether the operands are read where they are."""
+        return True
+
     def __init__(
         self,
         q: Tensor,
@@ -65,10 +73,8 @@ class PreparedForward:
     ) -> None:
         lse = torch.empty(q.shape[:-1], device=q.device, dtype=torch.float32)
         launch = forward_pass(q, k, v, out, lse, pattern, head_map, scale, scales=scales)
-        self._programs, self._device = launch.programs, q.device
-        names = ("out_ptr", "lse_ptr", "counter_ptr", "q_scale_ptr", "k_scale_ptr", "v_scale_ptr")
-        self._packed = launch.pack(*names)
-        self._packed.number("wants_lse", 0)
+        launch.arguments["wants_lse"] = 0
+        self._launches, self._device = PreparedLaunches([launch], self.MOVING), q.device
 
     def __call__(
         self,
@@ -82,16 +88,5 @@ class PreparedForward:
         stream: int,
     ) -> None:
         """Writes `out`."""
-        packed = self._packed
-        with packed.lock:
-            packed.describe("q_desc", q.data_ptr())
-            packed.describe("k_desc", k.data_ptr())
-            packed.describe("v_desc", v.data_ptr())
-            packed.point("q_scale_ptr", q_scale.data_ptr())
-            packed.point("k_scale_ptr", k_scale.data_ptr())
-            packed.point("v_scale_ptr", v_scale.data_ptr())
-            address = out.data_ptr()
-            packed.describe("out_desc", address)
-            packed.point("out_ptr", address)
-            packed.point("counter_ptr", work_counter(self._device, stream).data_ptr())
-            packed.launch(self._programs, stream)
+        counter = work_counter(self._device, stream)
+        self._launches.launch((q, k, v, q_scale, k_scale, v_scale, out, counter), stream)

@@ -15,10 +15,9 @@ from sparse_layouts.bsr_tensor import BSRTensor
 from sparse_layouts.dispatch.kernel_table import KERNELS, choose
 from sparse_layouts.dispatch.routes import ROUTES
 from sparse_layouts.kernels.block_attention import heads
-from sparse_layouts.kernels.block_attention.recall import known
+from sparse_layouts.kernels.block_attention.recall import known, prepared
 from sparse_layouts.kernels.block_attention_fp8 import OP, facts
 from sparse_layouts.kernels.block_attention_fp8.operands import FP8Operand
-from sparse_layouts.kernels.launching import can_pack
 from sparse_layouts.kernels.recalling import is_undisturbed
 from sparse_layouts.opaque import is_eager
 
@@ -27,10 +26,14 @@ class Settled:
     """What calls on operands like the first ones share."""
 
     def __init__(
-        self, q: FP8Operand, k: FP8Operand, v: FP8Operand, mask: BSRTensor, scale: float
+        self,
+        forward: Any,
+        q: FP8Operand,
+        k: FP8Operand,
+        v: FP8Operand,
+        mask: BSRTensor,
+        scale: float,
     ) -> None:
-        from sparse_layouts.kernels.block_attention_fp8.hopper_forward import PreparedForward
-
         self.pattern = mask.block_pattern
         self.tables = (ROUTES.changes, KERNELS.changes)
         self.index = q.data.device.index
@@ -38,7 +41,7 @@ class Settled:
         head_map = heads.list_of_head(self.pattern, q.data.shape[1])
         out = torch.empty(self.shape, dtype=q.dtype, device=q.data.device)
         operands = (q.data, k.data, v.data, (q.scale, k.scale, v.scale), out)
-        self.forward = PreparedForward(*operands, self.pattern, head_map, scale)
+        self.forward = forward(*operands, self.pattern, head_map, scale)
 
     def __call__(self, q: FP8Operand, k: FP8Operand, v: FP8Operand) -> Tensor:
         """out (B, H, Nq, Dv)."""
@@ -106,10 +109,12 @@ def _settle(
     p = mask.block_pattern
     if q8.numel() == 0 or k8.numel() == 0 or v8.numel() == 0 or p.num_blocks == 0:
         return None
-    row = choose(OP, facts(q8, k8, v8, q.dtype, p.block_size, lengths=False))
-    if row is None or row.name != "hopper" or not can_pack():
+    forward = prepared(
+        choose(OP, facts(q8, k8, v8, q.dtype, p.block_size, lengths=False)), "PreparedForward"
+    )
+    if forward is None or torch._C._cuda_getDevice() != q8.device.index:
         return None
-    if torch._C._cuda_getDevice() != q8.device.index:
+    if not forward.takes(q8, k8, v8):
         return None
     scale = 1.0 / math.sqrt(q8.shape[-1]) if scale is None else scale
-    return Settled(q, k, v, mask, scale)
+    return Settled(forward, q, k, v, mask, scale)

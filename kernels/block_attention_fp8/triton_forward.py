@@ -47,6 +47,7 @@ from sparse_layouts.kernels.block_attention.triton_sequences import (
     sequence_operands,
 )
 from sparse_layouts.kernels.block_attention_fp8.quantize import ALIGNED, ROWS_PER_SCALE
+from sparse_layouts.kernels.launching import PassLaunch, PreparedLaunches
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -291,6 +292,53 @@ def block_attention_fp8(
         return launch_forward(q, k, v, scales, pattern, head_map, scale, dtype, tiles, sequences)
 
 
+class PreparedForward:
+    """Calls on operands like these, contiguous scales too: all but addresses is settled."""
+
+    MOVING = ("q", "k", "v", "q_scale", "k_scale", "v_scale", "out", "lse")
+
+    @staticmethod
+    def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether the operands are read where they are."""
+        return k.shape[2] % ALIGNED == 0 and all(along_rows(x) is x for x in (q, k, v.mT))
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scales: tuple[Tensor, Tensor, Tensor],
+        out: Tensor,
+        pattern: BlockPattern,
+        head_map: Tensor,
+        scale: float,
+    ) -> None:
+        head_dim, block = max(q.shape[-1], v.shape[-1]), pattern.block_size[0]
+        tiles = tiles_for(head_dim, block, shared_memory_kb(q.device), anywhere=False)
+        lse = self._lse(q)
+        operands = (q, k, v, (*scales, None), out, lse, pattern, head_map, scale, tiles)
+        self._launches = PreparedLaunches([forward_pass(*operands)], self.MOVING)
+
+    @staticmethod
+    def _lse(q: Tensor) -> Tensor:
+        return torch.empty(q.shape[:-1], device=q.device, dtype=torch.float32)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_scale: Tensor,
+        k_scale: Tensor,
+        v_scale: Tensor,
+        out: Tensor,
+        stream: int,
+    ) -> None:
+        """Writes `out`."""
+        moving = (q, k, v, q_scale, k_scale, v_scale, out, self._lse(q))
+        self._launches.launch(moving, stream)
+
+
 def launch_forward(
     q: Tensor,
     k: Tensor,
@@ -308,12 +356,9 @@ def launch_forward(
     """:func:`block_attention_fp8` with a given tile and Triton's launch options, for measuring;
     `tma=False`: plain loads.
     """
-    (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
-    m, (bm, bn) = pattern.shape[0], pattern.block_size
-    head_map = head_map.contiguous()
-    out = torch.empty(batch, heads, nq, value_dim, device=q.device, dtype=dtype)
-    lse = torch.empty(batch, heads, nq, device=q.device, dtype=torch.float32)
-    if lse.numel() == 0 or pattern.num_blocks == 0 or value_dim == 0:
+    out = torch.empty(*q.shape[:-1], v.shape[-1], device=q.device, dtype=dtype)
+    lse = torch.empty(q.shape[:-1], device=q.device, dtype=torch.float32)
+    if out.numel() == 0 or pattern.num_blocks == 0:
         return out.zero_(), lse.fill_(-math.inf)
     if sequences is not None:
         # rows of no sequence are never written
@@ -321,6 +366,32 @@ def launch_forward(
         lse.fill_(-math.inf)
         if sequences.num_sequences == 0:
             return out, lse
+    operands = (q, k, v, scales, out, lse, pattern, head_map, scale, tiles)
+    launch = forward_pass(*operands, sequences, tma)
+    launch._replace(options=launch.options | options).run()
+    return out, lse
+
+
+def forward_pass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    out: Tensor,
+    lse: Tensor,
+    pattern: BlockPattern,
+    head_map: Tensor,
+    scale: float,
+    tiles: Tiles,
+    sequences: Sequences | None = None,
+    tma: bool = True,
+) -> PassLaunch:
+    """The launch of the kernel, on copies of operands that it cannot read as they lie; `tma=False`:
+    plain loads.
+    """
+    (batch, heads, nq, head_dim), (kv_heads, nk), value_dim = q.shape, k.shape[1:3], v.shape[-1]
+    m, (bm, bn) = pattern.shape[0], pattern.block_size
+    head_map = head_map.contiguous()
     schedule = tile_schedule(pattern, max(1, tiles.rows // bm), max(1, tiles.columns // bn))
     d, dv = padded_head_dim(head_dim), padded_head_dim(value_dim)
     first_tile = (m - nq) // tiles.rows
@@ -337,7 +408,7 @@ def launch_forward(
     if not tma and sequences is None and nk % ALIGNED:
         columns = pad(columns, (0, -nk % ALIGNED))
     arrays, sizes = sequence_operands(sequences, pattern.shape)
-    attention_fp8_forward[(num_tiles * heads * batch,)](
+    values = (
         q,
         tile_descriptor(k, tiles.columns, d) if tma else k,
         tile_descriptor(columns, dv, tiles.columns) if tma else columns,
@@ -365,21 +436,23 @@ def launch_forward(
         value_dim,
         scale,
         *sizes,
-        TMA=tma,
-        POSITIVE=scale > 0,
-        ROWS_PER_SCALE=ROWS_PER_SCALE,
-        RUN=ALIGNED,
-        BM=bm,
-        BN=bn,
-        TM=tiles.rows,
-        TN=tiles.columns,
-        D=d,
-        DV=dv,
-        STAGES=tiles.num_stages,
-        num_warps=tiles.num_warps,
-        **options,
     )
-    return out, lse
+    options = {
+        "TMA": tma,
+        "POSITIVE": scale > 0,
+        "ROWS_PER_SCALE": ROWS_PER_SCALE,
+        "RUN": ALIGNED,
+        "BM": bm,
+        "BN": bn,
+        "TM": tiles.rows,
+        "TN": tiles.columns,
+        "D": d,
+        "DV": dv,
+        "STAGES": tiles.num_stages,
+        "num_warps": tiles.num_warps,
+    }
+    arguments = dict(zip(attention_fp8_forward.arg_names, values, strict=False))
+    return PassLaunch(attention_fp8_forward, num_tiles * heads * batch, arguments, options)
 
 
 def tiles_for(head_dim: int, block: int, shared_kb: int, anywhere: bool) -> Tiles:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 import sparse_layouts as sl
 from sparse_layouts.dispatch import Facts
+from sparse_layouts.dispatch.kernel_table import KERNELS
 from sparse_layouts.kernels import block_attention_fp8, requirements
 from sparse_layouts.kernels.block_attention import heads
-from sparse_layouts.kernels.block_attention_fp8 import OP, quantize
+from sparse_layouts.kernels.block_attention_fp8 import OP, quantize, triton_forward
 from sparse_layouts.kernels.block_attention_fp8.quantize import E4M3, ROWS_PER_SCALE, SMALLEST_SCALE
 from sparse_layouts.measuring import relative_error
 from tests.kernels.accuracy import check_call
@@ -682,6 +683,28 @@ def test_recalled_calls_give_the_same_bits(make: Callable[[str], Given], device:
         sl.attention(q, k._replace(shift=k.shift[..., :8]), v, mask)  # type: ignore[index]
     with pytest.raises(TypeError, match=r"k.scale is torch.float32, got torch.float64"):
         sl.attention(q, k._replace(scale=k.scale.double()), v, mask)
+
+
+@on_gpu
+@pytest.mark.parametrize(("block", "head_dim", "heads"), [(64, 128, 2), (16, 64, 4), (128, 40, 1)])
+def test_recalled_calls_of_triton_give_the_same_bits(
+    block: int, head_dim: int, heads: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = [row for row in KERNELS.rows[OP] if row.name == "triton"]
+    monkeypatch.setitem(KERNELS.rows, OP, triton)
+    monkeypatch.setattr(KERNELS, "chosen", {})
+    mask = sl.sliding_window(512, block_size=block, window=150, device=device)
+    kept = []
+    for _ in range(3):
+        q = normal(2, 4, 300, head_dim, device=device)
+        kv = [normal(2, heads, 512, head_dim, device=device) for _ in range(2)]
+        quantised = sl.quantize_fp8(q, *kv)
+        with sl.kernel_choice(**{OP: "triton"}):
+            expected = sl.attention(*quantised, mask)
+        assert torch.equal(sl.attention(*quantised, mask), expected)
+        kept.append(quantised)  # so that every round has other addresses
+    (settled,) = (mask._recalled or {}).values()
+    assert isinstance(settled.forward, triton_forward.PreparedForward)
 
 
 @on_hopper

@@ -16,15 +16,21 @@ from torch.utils.checkpoint import checkpoint
 
 import sparse_layouts as sl
 from sparse_layouts.dispatch.kernel_table import KERNELS
-from sparse_layouts.kernels.block_attention import hopper_two_passes, reference
+from sparse_layouts.kernels.block_attention import (
+    hopper_two_passes,
+    reference,
+    triton_backward,
+    triton_forward,
+)
 from tests.kernels.test_public_calls import host_syncs_raise
 
+on_gpu = pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 ON_HOPPER = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         torch.cuda.is_available() and not HOPPER,
-        reason="recalled calls are those of the Hopper kernels: compute capability 9.0",
+        reason="the kernels recalled here are for compute capability 9.0",
     ),
 ]
 on_hopper = pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_HOPPER)])
@@ -108,6 +114,61 @@ def test_recalled_gradients_of_two_passes(
         assert all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
     (settled,) = (mask._recalled or {}).values()
     assert isinstance(settled.backward, hopper_two_passes.PreparedBackward)
+
+
+ROWS = {op: list(KERNELS.rows[op]) for op in ("block_attention", "block_attention_backward")}
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    ("dtype", "block", "head_dim", "queries", "heads_last"),
+    [
+        (torch.bfloat16, 64, 64, 512, True),
+        (torch.bfloat16, 128, 128, 512, False),
+        (torch.float16, 16, 64, 300, True),
+        (torch.bfloat16, 64, 36, 512, False),  # rows that the copy engine cannot read
+        (torch.float32, 64, 64, 512, True),
+        (torch.float32, 32, 128, 300, False),
+        (torch.bfloat16, 64, 256, 509, True),
+    ],
+)
+def test_recalled_calls_of_triton_give_the_same_bits(
+    dtype: torch.dtype,
+    block: int,
+    head_dim: int,
+    queries: int,
+    heads_last: bool,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for op, rows in ROWS.items():
+        monkeypatch.setitem(KERNELS.rows, op, [row for row in rows if row.name == "triton"])
+    monkeypatch.setattr(KERNELS, "chosen", {})
+    mask = sl.local_stride(
+        512, block_size=block, local_blocks=2, vert_stride=3, num_heads=4, device=device
+    )
+
+    def operand(heads: int, tokens: int) -> Tensor:
+        shape = (2, tokens, heads, head_dim) if heads_last else (2, heads, tokens, head_dim)
+        x = torch.randn(shape, device=device, dtype=dtype)
+        return (x.transpose(1, 2) if heads_last else x).requires_grad_()
+
+    kept = []
+    for _ in range(3):
+        leaves = [operand(4, queries), operand(2, 512), operand(2, 512)]
+        with sl.kernel_choice(block_attention="triton"):  # the usual way
+            expected = sl.attention(*leaves, mask)
+        out = sl.attention(*leaves, mask)
+        with torch.no_grad():
+            assert torch.equal(sl.attention(*leaves, mask), expected)
+        dout = torch.randn_like(out)
+        mine, its = gradients(out, dout, leaves), gradients(expected, dout, leaves)
+        assert torch.equal(out, expected)
+        assert all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
+        kept.append((leaves, out, mine))  # so that every round has other addresses
+    (settled,) = (mask._recalled or {}).values()
+    assert isinstance(settled.forward, triton_forward.PreparedForward)
+    assert isinstance(settled.backward, triton_backward.PreparedBackward)
 
 
 @on_hopper

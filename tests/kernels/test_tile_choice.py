@@ -112,35 +112,48 @@ def test_fill_both_ways_counts_what_rows_and_columns_visit() -> None:
     assert fill_both_ways(p) == pytest.approx(2 * p.num_blocks / visited)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def by_triton(p: BlockPattern, head_dim: int, *, gradients: bool) -> bool:
+    """Whether the Hopper kernel leaves a call there to Triton."""
+    q = torch.zeros(1, 2, p.shape[0], head_dim, dtype=torch.bfloat16)
+    facts = block_attention.facts(q, q, q, p, bias=False, lengths=False, gradients=gradients)
+    facts = facts._replace(device="cuda", capability=(9, 0), triton=(3, 6, 0))
+    forward = requirements.hopper_attention_forward
+    requires = requirements.hopper_attention_two_passes if gradients else forward
+    reason = requires(facts)
+    assert reason is None or f"not {facts.fill}" in reason
+    return reason is not None
+
+
 @pytest.mark.parametrize(
-    ("block", "make", "by_triton"),
-    [
-        (16, random_mask, True),
-        (16, alike, False),
-        (32, random_mask, True),
-        (32, alike, False),
-        (64, random_mask, False),
-    ],
+    ("block", "forward", "backward"),
+    [(16, (64, 128), (64, 128, 256)), (32, (), (64, 128, 256)), (64, (), ())],
 )
-def test_on_hopper_unlike_small_blocks_have_their_gradients_from_triton(
+def test_on_hopper_unlike_small_blocks_are_left_to_triton(
     block: int,
-    make: type[sl.BSRTensor],
-    by_triton: bool,
-    head_dim: int,
+    forward: tuple[int, ...],
+    backward: tuple[int, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(block_attention, "capability_of", lambda device: (9, 0))
-    p: BlockPattern = make(block).block_pattern
-    q = torch.zeros(1, 2, p.shape[0], head_dim, dtype=torch.bfloat16)
-    options = {"bias": False, "lengths": False}
-    facts = block_attention.facts(q, q, q, p, **options, gradients=True)
-    assert (facts.fill > 0) == (block < 64)
-    # the forward and sequences do not ask
-    assert block_attention.facts(q, q, q, p, **options).fill == 0
-    lengths = options | {"lengths": True}
-    assert block_attention.facts(q, q, q, p, **lengths, gradients=True).fill == 0
-    on_gpu = facts._replace(device="cuda", capability=(9, 0), triton=(3, 6, 0))
-    reason = requirements.hopper_attention_two_passes(on_gpu)
-    assert (reason is not None) == by_triton, reason
-    assert reason is None or f"not {facts.fill}" in reason
+    unlike, others = random_mask(block).block_pattern, alike(block).block_pattern
+    for head_dim in (64, 128, 256):
+        assert by_triton(unlike, head_dim, gradients=False) == (head_dim in forward)
+        assert by_triton(unlike, head_dim, gradients=True) == (head_dim in backward)
+        assert not by_triton(others, head_dim, gradients=False)
+        assert not by_triton(others, head_dim, gradients=True)
+
+
+def test_how_alike_rows_are_is_asked_only_where_it_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(block: int, capability: tuple[int, int], **options: bool) -> int:
+        monkeypatch.setattr(block_attention, "capability_of", lambda device: capability)
+        p = random_mask(block).block_pattern
+        q = torch.zeros(1, 2, p.shape[0], 64, dtype=torch.bfloat16)
+        given = {"bias": False, "lengths": False} | options
+        return block_attention.facts(q, q, q, p, **given).fill
+
+    assert fill(16, (9, 0)) > 0
+    assert fill(32, (9, 0), gradients=True) > 0
+    assert fill(32, (9, 0)) == 0
+    assert fill(64, (9, 0), gradients=True) == 0
+    assert fill(16, (8, 0)) == 0
+    assert fill(16, (9, 0), lengths=True) == 0
