@@ -126,6 +126,7 @@ def load_tiles(
             scale = gl.load(scale_ptr + key // ROWS_PER_SCALE, mask=key >= 0, other=1.0)
         wait_free(k_free, turn + j, STAGES)
         if scales is not None:
+            # before the copies that complete the buffer's turn are issued
             W: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
             rates.index(stage).store(gl.zeros([32], gl.float32, W) + scale)
         mbarrier.expect(k_full.index(stage), TN * D * BYTES)

@@ -5,6 +5,7 @@ A call under `sl.kernel_choice` takes the usual way, and the same kernels: equal
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from sparse_layouts.kernels.block_attention import (
     triton_backward,
     triton_forward,
 )
+from sparse_layouts.kernels.block_attention.recall import prepared
 from tests.kernels.test_public_calls import host_syncs_raise
 
 on_gpu = pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -432,6 +434,17 @@ def test_masks_forget_when_shapes_are_many(device: str) -> None:
     for number in range(MOST + 3):
         sl.attention(q, k, v, mask, scale=1.0 / (number + 1))
     assert len(mask._recalled or {}) <= MOST
+
+
+def test_kernels_of_others_are_not_recalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mine(*args: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr("sparse_layouts.kernels.block_attention.recall.can_pack", lambda: True)
+    row = KERNELS.rows["block_attention"][0]
+    monkeypatch.setattr(mine, "__module__", "no.such.module")
+    assert prepared(dataclasses.replace(row, implementation=mine), "PreparedForward") is None
+    assert prepared(None, "PreparedForward") is None
 
 
 def test_nothing_is_recalled_on_the_cpu() -> None:
