@@ -263,15 +263,20 @@ def compilations() -> Iterator[Compilation]:
     yield _compilation(64, 16, fp16, sequences=True, dropout=True)
     yield _compilation(256, 64, bf16, sequences=True)
     yield _compilation(128, 64, bf16, scaled=True)
+    for rows, keys in ((128, 128), (64, 128), (128, 64)):
+        constexprs = {"TILE": rows, "BLOCK": 128, "KEY_TILE": keys, "q_starts_ptr": None}
+        types, name = signature(sequence_tiles, {}, constexprs), f"tiles-{rows}-{keys}"
+        yield Compilation(name, sequence_tiles, types, constexprs, {"num_warps": 4}, 90, 90)
+
+
+def compilations_8_bits() -> Iterator[Compilation]:
+    """Every tuning in 8 bits, and every feature once."""
+    bf16, fp16 = torch.bfloat16, torch.float16
     for d in (64, 128):
         for block in (64, 128):
             yield _compilation(d, block, bf16, fp8=True)
     yield _compilation(128, 64, fp16, tiles=False, counts=True, fp8=True)
     yield _compilation(64, 128, fp16, scaled=True, fp8=True)
-    for rows, keys in ((128, 128), (64, 128), (128, 64)):
-        constexprs = {"TILE": rows, "BLOCK": 128, "KEY_TILE": keys, "q_starts_ptr": None}
-        types, name = signature(sequence_tiles, {}, constexprs), f"tiles-{rows}-{keys}"
-        yield Compilation(name, sequence_tiles, types, constexprs, {"num_warps": 4}, 90, 90)
 
 
 def _compilation(

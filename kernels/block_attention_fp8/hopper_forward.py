@@ -5,12 +5,14 @@ factors, values by column, a scale of every row and of every tile of keys in the
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from sparse_layouts.block_pattern import BlockPattern
-from sparse_layouts.kernels.block_attention.hopper_forward import forward_pass
+from sparse_layouts.kernels.ahead_of_time import Compilation
+from sparse_layouts.kernels.block_attention.hopper_forward import compilations_8_bits, forward_pass
 from sparse_layouts.kernels.block_attention.sequences import Sequences
 from sparse_layouts.kernels.block_attention_fp8.quantize import dequantize
 from sparse_layouts.kernels.hopper_common import work_counter
@@ -90,3 +92,8 @@ class PreparedForward:
         """Writes `out`."""
         counter = work_counter(self._device, stream)
         self._launches.launch((q, k, v, q_scale, k_scale, v_scale, out, counter), stream)
+
+
+def compilations() -> Iterator[Compilation]:
+    """What the kernel's own file lists for 8 bits."""
+    yield from compilations_8_bits()

@@ -114,14 +114,16 @@ def test_configuration_compiles(compilation: Compilation, capability: int) -> No
 
 
 def launched_kernels(module: ModuleType) -> set[str]:
-    """Names that the module's code launches: `name[grid](...)`, where `name` is a jit function of
-    the module.
+    """Names that the module's code launches: `name[grid](...)` or `PassLaunch(name, ...)`, where
+    `name` is a jit function of the module.
     """
     tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
-    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    names = {
-        f.value.id for f in calls if isinstance(f, ast.Subscript) and isinstance(f.value, ast.Name)
-    }
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    launched = [call.func.value for call in calls if isinstance(call.func, ast.Subscript)]
+    for call in calls:
+        if isinstance(call.func, ast.Name) and call.func.id in ("PassLaunch", "Launch"):
+            launched += call.args[:1]
+    names = {value.id for value in launched if isinstance(value, ast.Name)}
     return {name for name in names if hasattr(getattr(module, name, None), "arg_names")}
 
 
