@@ -328,6 +328,8 @@ def test_few_columns_as_if_on_a_gpu(
         ((128, 4096), 1024, "triton_few_columns"),
         ((128, 4096), 2048, "hopper"),
         ((64, 512), 2048, "hopper"),  # nothing to cut
+        ((64, 4096), 64, "triton_few_columns"),
+        ((64, 512), 64, "hopper_few_columns"),  # nothing to cut
     ],
 )
 def test_few_long_rows_as_if_on_a_gpu(shape: tuple[int, int], columns: int, kernel: str) -> None:
