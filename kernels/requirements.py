@@ -245,14 +245,9 @@ def _hopper_products(facts: Facts) -> str | None:
     """As `triton_blocks`, for blocks whose edges are at least 64, in fp16 or bf16, on a GPU of
     compute capability 9.0, whose copy engine can read the operands, or copies that pay.
     """
-    reason = triton_blocks(facts)
+    reason = triton_blocks(facts) or hopper_16_bits(facts)
     if reason is not None:
         return reason
-    if facts.capability != (9, 0):
-        found = ".".join(map(str, facts.capability))
-        return f"is for compute capability 9.0 (H100, H200), found {found}"
-    if facts.dtype not in (torch.float16, torch.bfloat16):
-        return f"takes float16 and bfloat16, not {facts.dtype}"
     if min(facts.block_size) < 64:
         return f"takes blocks whose edges are at least 64, not {facts.block_size}"
     if not facts.tma:
