@@ -39,7 +39,8 @@ def prepared(row: Kernel | None, name: str) -> Any:
     """The class of that name in the file of one of the library's kernels, where it has one and the
     driver allows; else None. Such a class settles launches (`launching.PreparedLaunches`).
     """
-    if row is None or not row.source.startswith("sparse_layouts.kernels.") or not can_pack():
+    # a function that wraps one of the library's has its name, and has to be called
+    if row is None or not isinstance(row.implementation, str) or not can_pack():
         return None
     return getattr(importlib.import_module(row.source.partition(":")[0]), name, None)
 

@@ -61,7 +61,8 @@ LINEAR = Face(by_rows=True, flips=False)
 
 def _module(row: Kernel | None, op: str) -> Any:
     """The file of this library's own kernel `row` of an op, None for any other."""
-    name = "" if row is None else row.source.partition(":")[0]
+    own = row is not None and isinstance(row.implementation, str)
+    name = row.source.partition(":")[0] if row is not None and own else ""
     if not name.startswith(f"sparse_layouts.kernels.{op}.") or not can_pack():
         return None
     return importlib.import_module(name)

@@ -442,8 +442,9 @@ def test_kernels_of_others_are_not_recalled(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("sparse_layouts.kernels.block_attention.recall.can_pack", lambda: True)
     row = KERNELS.rows["block_attention"][0]
-    monkeypatch.setattr(mine, "__module__", "no.such.module")
-    assert prepared(dataclasses.replace(row, implementation=mine), "PreparedForward") is None
+    for module in ("no.such.module", triton_forward.__name__):  # the latter by functools.wraps
+        monkeypatch.setattr(mine, "__module__", module)
+        assert prepared(dataclasses.replace(row, implementation=mine), "PreparedForward") is None
     assert prepared(None, "PreparedForward") is None
 
 
