@@ -272,7 +272,7 @@ def hopper_block_matmul(facts: Facts) -> str | None:
 
 def hopper_few_columns(facts: Facts) -> str | None:
     """As `_hopper_products`, for 33 to 64 columns of the dense operand, and blocks of up to 256
-    rows.
+    rows, which are not few and long.
     """
     if facts.columns != HOPPER_FEW_COLUMNS:
         few = f"{HOPPER_FEW_COLUMNS // 2 + 1} to {HOPPER_FEW_COLUMNS}"

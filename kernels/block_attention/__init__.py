@@ -403,10 +403,7 @@ def attend(
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     shape = q.shape[:-1]
     q, k, v = (as_batch(t, lengths) for t in (q, k, v))
-    batch = (
-        max(q.shape[0], k.shape[0], v.shape[0]) if min(q.shape[0], k.shape[0], v.shape[0]) else 0
-    )
-    q, k, v = (t if t.shape[0] == batch else t.expand(batch, *t.shape[1:]) for t in (q, k, v))
+    q, k, v = one_batch(q, k, v)
     sequences = sequences_in(q, k, lengths)
     where = (None,) * 4 if sequences is None else sequences
     seed = None
@@ -421,6 +418,13 @@ def attend(
     if len(shape) < 3:
         return out.view(*shape, v.shape[-1]), lse.view(shape)
     return out, lse
+
+
+def one_batch(*operands: Tensor) -> tuple[Tensor, ...]:
+    """Operands (B or 1, H, N, D), those of batch 1 expanded to the others'."""
+    sizes = [t.shape[0] for t in operands]
+    batch = max(sizes) if min(sizes) else 0
+    return tuple(t if t.shape[0] == batch else t.expand(batch, *t.shape[1:]) for t in operands)
 
 
 def as_batch(t: Tensor, lengths: Lengths | None) -> Tensor:

@@ -20,6 +20,7 @@ from sparse_layouts.kernels.block_attention import (
     attend,
     check_lengths,
     facts,
+    one_batch,
     sequences_in,
 )
 from sparse_layouts.kernels.block_attention.checks import check_attention
@@ -49,6 +50,8 @@ def _uses(
     lengths: bool = False,
 ) -> list[Use]:
     p = mask.block_pattern
+    if q.dim() == 4:
+        q, k, v = one_batch(q, k, v)  # an expanded operand cannot be read by every kernel
     uses = [Use("forward", OP, facts(q, k, v, p, bias=bias, lengths=lengths))]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         own = facts(q, k, v, p, bias=bias, lengths=lengths, gradients=True)

@@ -155,7 +155,7 @@ def uses_of_fp8(
     """For `sl.explain`: the op and, where it only dequantises, the one that then attends."""
     from sparse_layouts.kernels.block_attention_fp8.dequantized import work_dtype
 
-    q8, k8, v8 = (t.four_dimensional()[0] for t in (q, k, v))
+    q8, k8, v8 = block_attention.one_batch(*(t.four_dimensional()[0] for t in (q, k, v)))
     sequences = block_attention.sequences_in(q8, k8, lengths)
     block_attention.check_lengths(q8, k8, mask.block_pattern, sequences)
     own = facts(q8, k8, v8, q.dtype, mask.block_size, lengths=lengths is not None)

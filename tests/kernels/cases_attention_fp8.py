@@ -75,7 +75,7 @@ MORE_CASES = [
     AttentionCase(
         "block256", Stored((700, 600), (64, 256), 2, tiles=True), heads_read="own", head_dim=64
     ),
-    # what the Hopper kernel takes: blocks of one and several tiles, heads that share a program
+    # what the Hopper kernel takes: blocks of one and several tiles
     AttentionCase(
         "counts_64",
         Stored((450, 500), (64, 64), 2, tiles=True, counts=True),

@@ -585,6 +585,17 @@ def test_what_the_quantiser_makes_can_be_read_by_the_copy_engine(
     assert not tma(*odd)  # rows of the result do not begin at multiples of 16 bytes
 
 
+def test_what_is_broadcast_over_samples_is_explained_as_it_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(block_attention_fp8, "capability_of", lambda device: (9, 0))
+    q, k, v = sl.quantize_fp8(normal(3, 2, 64, 32), normal(1, 2, 64, 32), normal(1, 2, 64, 32))
+    (use, *_) = block_attention_fp8.uses_of_fp8(q, k, v, MASK, None)
+    assert not use.facts.tma  # the copy engine takes no stride of 0
+    (use, *_) = block_attention_fp8.uses_of_fp8(*three(), MASK, None)
+    assert use.facts.tma
+
+
 @on_gpu
 def test_the_kernel_is_chosen(device: str) -> None:
     *operands, mask = square(device)
